@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every variant of the Hopper artifacts, called through the artifact ABI, against the reference.
+
+The public operator only reaches the variant that the selection table names; here each one meets every mode, tails in K
+and in rows, all routing methods, poisoned memory, and a second run.
+"""
+
+import functools
+
+import pytest
+import torch
+from tvmmoe.config import ActivationFormat as A
+from tvmmoe.config import ActivationType, WeightFormat
+from tvmmoe.config import RoutingMethodType as Method
+
+from tvmmoe import abi, loader
+from tvmmoe.kernels.sm90a import layout
+from tvmmoe.reference import moe_ref
+from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch
+from tvmmoe.workspace import max_num_tiles
+
+TILES = (8, 16, 32, 64, 96, 256)
+BASE = Case(num_tokens=37, hidden_size=256, intermediate_size=256, num_experts=16, top_k=4)
+MX, NV = WeightFormat.mxfp4, WeightFormat.nvfp4
+CASES = {
+    "bf16": {},
+    "one_token": dict(num_tokens=1),
+    "odd_scale_rows": dict(hidden_size=416, intermediate_size=352, num_experts=4),
+    "gpt_oss": dict(hidden_size=2880, intermediate_size=2880, num_experts=4, alpha=1.702, beta=1.0, clamp_limit=7.0,
+                    has_gemm1_bias=True, has_gemm2_bias=True),
+    "smallest": dict(hidden_size=32, intermediate_size=32),
+    "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True),
+    "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),
+    "identity": dict(activation=ActivationType.Identity, intermediate_size=224),
+    "experts_5_to_11": dict(local_expert_offset=5, local_num_experts=7),
+    "one_expert": dict(num_tokens=300, routing="one_expert"),
+    "empty_expert": dict(routing="empty_expert"),
+    "chunks_of_pairs": dict(num_tokens=1100, num_experts=32, top_k=8, hidden_size=64, intermediate_size=64),
+    "mxfp8": dict(activation_format=A.mxfp8, hidden_size=288),
+    "bf16_nvfp4": dict(weight_format=NV, hidden_size=96, intermediate_size=352),
+    "nvfp4": dict(activation_format=A.nvfp4, weight_format=NV, hidden_size=288, intermediate_size=160),
+    "nvfp4_per_token": dict(activation_format=A.nvfp4, weight_format=NV, has_per_token_scale=True),
+}  # fmt: skip
+ROUTES = {
+    **{method.name: dict(routing_method=method, top_k=1 if method == Method.Llama4 else 8) for method in Method},
+    "groups": dict(routing_method=Method.DeepSeekV3, top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+                   routing_bias_dtype=torch.float32),
+}  # fmt: skip
+on_hopper = [pytest.mark.gpu, skip_unless_arch("sm90a")]
+
+
+def test_k_order_covers_a_block_once():
+    assert sorted(map(layout.k_of_position, range(layout.K_BLOCK))) == list(range(layout.K_BLOCK))
+
+
+@pytest.mark.parametrize("tile_m", TILES)
+def test_workspace_slices_are_aligned_and_disjoint(tile_m):
+    pieces, total = layout.slices(37, 4, 2880, 352, 16, tile_m)
+    shared = pieces.pop("gemm2_output")
+    assert shared == pieces["x"] and shared.num_bytes >= tile_m * max_num_tiles(148, 16, tile_m) * 2880 * 2
+    ends = [0]
+    for piece in sorted(pieces.values(), key=lambda piece: piece.offset):
+        assert piece.offset % 128 == 0 and piece.offset >= ends[-1]
+        ends.append(piece.offset + piece.num_bytes)
+    assert ends[-1] <= total == layout.workspace_bytes(37, 4, 2880, 352, 16, tile_m)
+
+
+def test_manifest_ranges_touch_and_end_in_a_catch_all():
+    build = pytest.importorskip("tvmmoe.kernels.sm90a.build")
+    for weight_format in WeightFormat:
+        rows = build.manifest_rows(weight_format, "file")
+        assert tuple(row["tile_m"] for row in rows) == TILES
+        limits = [(row["min_rows_per_expert"], row["max_rows_per_expert"]) for row in rows]
+        assert limits[0][0] == 0 and limits[-1][1] is None
+        assert all(low[1] == high[0] for low, high in zip(limits, limits[1:], strict=False))
+
+
+@functools.cache
+def entry(weight_format: WeightFormat, tile_m: int):
+    """The packed function of one variant."""
+    import tvm_ffi
+
+    folder = loader.artifacts_dir()
+    (path,) = sorted(folder.rglob(f"moe_{weight_format.name}_sm90a.so"))
+    return tvm_ffi.load_module(str(path))[f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}"]
+
+
+def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool) -> list[torch.Tensor]:
+    """Run one variant on poisoned workspace and results; the ids chosen are the last result."""
+    tokens, hidden_size, pairs = case.num_tokens, case.hidden_size, case.num_tokens * case.top_k
+    make = functools.partial(torch.empty, device="cuda")
+    ids = poison(make(tokens, case.top_k, dtype=torch.int16))
+    if do_finalize:
+        results = {"output": poison(make(tokens, hidden_size, dtype=torch.bfloat16))}
+    else:
+        rows = tile_m * max_num_tiles(pairs, case.num_local_experts, tile_m)
+        results = {
+            "gemm2_output": make(rows, hidden_size, dtype=torch.bfloat16).zero_(),
+            "expert_weights": poison(make(tokens, case.top_k, dtype=torch.bfloat16)),
+            "expanded_idx_to_permuted_idx": poison(make(pairs, dtype=torch.int32)),
+        }
+    pointers = {name: value.data_ptr() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    pointers |= {name: tensor.data_ptr() for name, tensor in results.items()} | {"routing_replay_out": ids.data_ptr()}
+    bias = kwargs["routing_bias"]
+    ints = kwargs | dict(
+        num_tokens=tokens,
+        hidden_size=hidden_size,
+        output_hidden_size=hidden_size,
+        n_group=kwargs["n_group"] or 0,
+        topk_group=kwargs["topk_group"] or 0,
+        routing_method=kwargs["routing_method_type"],
+        activation=case.activation,
+        activation_format=case.activation_format,
+        logits_is_bf16=kwargs["routing_logits"].dtype == torch.bfloat16,
+        bias_is_bf16=bias is not None and bias.dtype == torch.bfloat16,
+        do_finalize=do_finalize,
+        enable_pdl=True,
+    )
+    size = layout.workspace_bytes(
+        tokens, case.top_k, hidden_size, case.intermediate_size, case.num_local_experts, tile_m
+    )
+    workspace = poison(make(size, dtype=torch.uint8))
+    scale = kwargs["routed_scaling_factor"]
+    entry(case.weight_format, tile_m)(
+        workspace,
+        *(pointers.get(name, 0) for name in abi.POINTERS),
+        *(int(ints[name]) for name in abi.INTS),
+        1.0 if scale is None else float(scale),
+    )
+    return [*results.values(), ids]
+
+
+def check(case: Case, tile_m: int, do_finalize: bool) -> None:
+    kwargs = make_case(case)
+    replay = torch.empty(case.num_tokens, case.top_k, dtype=torch.int16)
+    expected = moe_ref(**kwargs | dict(do_finalize=do_finalize, routing_replay_out=replay), tile_m=tile_m)
+    on_device = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    runs = [call(case, on_device, tile_m, do_finalize) for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+    *results, ids = (tensor.cpu() for tensor in runs[0])
+    assert torch.equal(ids, replay)
+    if do_finalize:
+        assert rel_l2(results[0], expected[0]) < case.tolerance
+        return
+    assert torch.equal(results[1], expected[1]) and torch.equal(results[2], expected[2])
+    rows = results[2][results[2] >= 0].long()
+    assert rel_l2(results[0][rows], expected[0][rows]) < case.tolerance
+    padding = torch.ones(len(results[0]), dtype=torch.bool)
+    padding[rows] = False
+    assert not results[0][padding].any()
+
+
+@pytest.mark.parametrize("do_finalize", [True, False], ids=["finalize", "pieces"])
+@pytest.mark.parametrize("tile_m", TILES)
+@pytest.mark.parametrize("name", CASES)
+class TestVariants:
+    pytestmark = on_hopper
+
+    def test_variant_matches_reference(self, name, tile_m, do_finalize):
+        case = Case(**vars(BASE) | CASES[name])
+        check(case, tile_m, do_finalize)
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ROUTES)
+class TestRoutes:
+    pytestmark = on_hopper
+
+    def test_route_matches_reference(self, name, logits_dtype):
+        sizes = dict(num_tokens=65, hidden_size=64, intermediate_size=64, num_experts=128, logits_dtype=logits_dtype)
+        check(Case(**vars(BASE) | sizes | ROUTES[name]), 8, do_finalize=False)

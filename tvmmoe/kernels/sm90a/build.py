@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIRx -> one CUDA C++ unit a weight format -> nvcc -> self-contained shared objects that need libtvm_ffi alone.
+
+Compile variants in batches: an nvcc run costs about 5 s whatever it compiles. The CUDA runtime is linked statically and
+the one driver function that generated host code uses is looked up at the first call, so an artifact loads without a
+driver.
+"""
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm.backend.cuda import export_cuda_host
+
+from tvmmoe.config import ActivationFormat, WeightFormat
+from tvmmoe.kernels.sm90a.operator import MIN_ROWS_PER_EXPERT, TILES, Variant, operator
+
+_DRIVER_LOOKUP = r"""
+#include <cstdint>
+#include <cuda.h>
+#include <cuda_runtime.h>
+static inline __host__ __device__ int64_t tvmmoe_address(const void* pointer) {
+  return reinterpret_cast<int64_t>(pointer);
+}
+static inline CUresult tvmmoe_encode_tiled(
+    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* dims,
+    const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
+    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+    CUtensorMapFloatOOBfill fill) {
+  static auto fn = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    auto rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &status);
+    return rc == cudaSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol) : nullptr;
+  }();
+  return fn ? fn(map, type, rank, data, dims, strides, box, element_strides, interleave, swizzle, promotion, fill)
+            : CUDA_ERROR_NOT_INITIALIZED;
+}
+static inline CUresult tvmmoe_error_string(CUresult, const char** text) {
+  *text = "cuTensorMapEncodeTiled failed";
+  return CUDA_SUCCESS;
+}
+#define cuTensorMapEncodeTiled tvmmoe_encode_tiled
+#define cuGetErrorString tvmmoe_error_string
+"""
+
+
+def variants(weight_format: WeightFormat) -> list[Variant]:
+    """The shipped variants of one weight format."""
+    return [Variant(weight_format, tile_m, *choices) for tile_m, choices in TILES.items()]
+
+
+def cuda_source(functions: Sequence[Variant]) -> str:
+    """CUDA C++ of the operators, host code included."""
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
+    module = tvm.IRModule({variant.symbol: operator(variant) for variant in functions})
+    source = export_cuda_host(tvm.tirx.build(module, target=target, pipeline="tirx"))
+    # The launch attribute is a compile-time property in TIRx; enable_pdl makes it one of the call.
+    flag = "val.programmaticStreamSerializationAllowed = "
+    assert flag + "1;" in source
+    source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # defined above, not imported
+    return _DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+
+
+def compile_so(source: str, path: Path) -> str:
+    """Run nvcc; returns its log. Raises RuntimeError with nvcc's message."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    command = [
+        "nvcc", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3",
+        *(f"-I{folder}" for folder in includes), "-gencode", "arch=compute_90a,code=sm_90a",
+        "-Xptxas", "-v,--warn-on-spills", "-diag-suppress=174,177",
+        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path), "-x", "cu", "-",
+    ]  # fmt: skip
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed for {path.name}:\n{done.stdout[-4000:]}{done.stderr[-8000:]}")
+    return done.stdout + done.stderr
+
+
+def report(log: str) -> list[str]:
+    """Lines of an nvcc log that cost speed: serialised wgmma (none is tolerated) and spills (a few words are)."""
+    return [line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill|C75\d\d", line)]
+
+
+def manifest_rows(weight_format: WeightFormat, file: str) -> list[dict[str, Any]]:
+    """Selection rows of a weight format: ranges of mean rows per expert touch and end in a catch-all."""
+    chosen = variants(weight_format)
+    quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
+    limits = [MIN_ROWS_PER_EXPERT[variant.tile_m] for variant in chosen] + [None]
+    return [
+        {
+            "target": "sm90a",
+            "weight_format": weight_format.name,
+            "activation_formats": [ActivationFormat.bf16.name, quantized.name],
+            "tile_m": variant.tile_m,
+            "min_rows_per_expert": limits[i],
+            "max_rows_per_expert": limits[i + 1],
+            "symbol": variant.symbol,
+            "file": file,
+        }
+        for i, variant in enumerate(chosen)
+    ]
+
+
+def build_sm90a(out_dir: Path) -> list[dict[str, Any]]:
+    """Build one artifact a weight format into ``out_dir``; returns the manifest's entries (loader.Entry)."""
+    entries = []
+    for weight_format in WeightFormat:
+        file = f"moe_{weight_format.name}_sm90a.so"
+        problems = report(compile_so(cuda_source(variants(weight_format)), Path(out_dir) / file))
+        assert not any("C75" in line for line in problems), problems
+        entries += manifest_rows(weight_format, file)
+    return entries

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gemm1: x [rows, H] times up and gate rows of an expert -> z [rows, I] in the K order of gemm2.
+
+A gated 64-row fragment is 32 up rows and their 32 gate rows: of a thread's two fragment rows, r = 0 is up and r = 1 the
+gate of the same column, so bias, clamp, activation and scales need no exchange. A tile's rows are those whose z columns
+are neighbours in K order (layout.py), which makes z one contiguous store a token. With s = position // 8 in the
+128-block of z and g the fragment row in its slab of 8,
+
+    column n = 32 (g // 2) + 8 (s // 4) + s % 4 + 4 (g % 2)
+
+TMA fetches exactly those rows with a 5-D view of the weights, [K/2, b + 2m, q, c, expert and half] for
+n = 32q + 8m + c + 4b, b innermost so that the rows of a quarter warp's 16-byte loads fall on different banks.
+"""
+
+from tvm.script import tirx as T
+from tvmmoe.config import ActivationType
+
+from tvmmoe.kernels.sm90a import intrinsics as isa
+from tvmmoe.kernels.sm90a.gemm import GemmConfig, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let, load, scalar, tensor_map
+
+
+class Gemm1:
+    """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
+
+    def __init__(self, a, is_gated: bool):
+        self.a, self.is_gated = a, is_gated
+        self.halves = 2 if is_gated else 1
+        self.matrices = 1 if is_gated else 2  # 8-column output matrices of a warp's 16 fragment rows
+        self.k, self.padded_k, self.operand = a.hidden_size, padded(a.hidden_size), a.ws["x"]
+        self.scales = a.gemm1_weights_scale
+        self.rows_per_expert = self.halves * a.intermediate_size
+        self.out, self.out_width = a.ws["z"], padded(a.intermediate_size)
+
+    def columns(self, c: GemmConfig) -> int:
+        """z columns of a tile."""
+        return c.rows // self.halves
+
+    def num_row_blocks(self, c: GemmConfig):
+        return self.out_width // self.columns(c)
+
+    def weight_map(self, c: GemmConfig):
+        size, row = self.a.intermediate_size, self.k // 2  # rows of a half; bytes of a row
+        dims = [row, T.int64(8), size // 32, T.int64(4), self.a.local_num_experts * self.halves]
+        strides = [4 * row, 32 * row, row, size * row]
+        box = [64, self.columns(c) // 16, 4, 4, self.halves]
+        return tensor_map(address(self.a.gemm1_weights), dims, strides, box, "uint8", 0, l2_promotion=3)
+
+    def _block(self, c: GemmConfig, tile: Tile):
+        """(128-block of z, first m of the tile in it)."""
+        per_block = 128 // self.columns(c)
+        return tile.row_block // per_block, tile.row_block % per_block * (self.columns(c) // 32)
+
+    def weight_coordinates(self, c: GemmConfig, tile: Tile):
+        block, m = self._block(c, tile)
+        return [let(2 * m), let(4 * block), T.int32(0), let(tile.expert * self.halves)]
+
+    def _column(self, c: GemmConfig, tile: Tile, smem_row):
+        """z column of a row of the tile in shared memory."""
+        block, m = self._block(c, tile)
+        per_m = self.columns(c) // 16
+        bm, q, j = smem_row % per_m, smem_row // per_m % 4, smem_row // (4 * per_m) % 4
+        return block * 128 + 32 * q + 8 * (m + bm // 2) + 4 * (bm % 2) + j
+
+    def row(self, c: GemmConfig, tile: Tile, smem_row):
+        """Weight row in the expert, clamped into the tensor where z has no such column."""
+        size = cast(self.a.intermediate_size, "int32")
+        half = smem_row // self.columns(c)
+        return half * size + T.min(self._column(c, tile, smem_row), size - 1)
+
+    def fragment_row(self, gemm: GroupedGemm, mi: int, r: int):
+        """Row in shared memory of fragment row ``r`` of this thread."""
+        index = gemm.fragment(mi)
+        per_m, g, w = self.columns(gemm.c) // 16, gemm.group, gemm.warp4
+        if self.is_gated:
+            return g % 2 + 2 * index + per_m * (g // 2 + 4 * (w + 4 * r))
+        return g % 2 + 2 * (2 * index + w // 2) + per_m * (g // 2 + 4 * (2 * (w % 2) + r))
+
+    def row_modulo_4(self, gemm: GroupedGemm, r: int):
+        """Weight row of fragment row ``r``, modulo 4."""
+        return gemm.warp4 if self.is_gated else 2 * (gemm.warp4 % 2) + r
+
+    def begin_tile(self, gemm: GroupedGemm, tile: Tile):
+        """Per-expert factors and this thread's biases."""
+        a, expert = self.a, cast(tile.expert, "int64")
+
+        def per_expert(pointer, default):
+            value = scalar("float32", T.float32(default))
+            with if_(pointer != 0):
+                assign(value, load("float32", address(pointer, expert * 4)))
+            return value
+
+        state = {
+            "alpha": per_expert(a.gemm1_alpha, 1), "beta": per_expert(a.gemm1_beta, 0),
+            "limit": per_expert(a.gemm1_clamp_limit, float("inf")), "result": per_expert(a.output1_scale_scalar, 1),
+            "gate": per_expert(a.output1_scale_gate_scalar, 1), "bias": [], "is_column": [],
+        }  # fmt: skip
+        size = cast(a.intermediate_size, "int32")
+        state["is_geglu"] = let(cast(a.activation == int(ActivationType.Geglu), "int32")) != 0
+        state["is_relu2"] = let(cast(a.activation == int(ActivationType.Relu2), "int32")) != 0
+        for pair in gemm.rows:
+            biases, inside = [], []
+            for smem_row in pair:
+                bias = scalar("float32", T.float32(0))
+                inside.append(let(cast(self._column(gemm.c, tile, smem_row) < size, "int32")) != 0)
+                with if_(a.gemm1_bias != 0):
+                    index = expert * self.rows_per_expert + cast(self.row(gemm.c, tile, smem_row), "int64")
+                    assign(bias, load("float32", address(a.gemm1_bias, index * 4)))
+                biases.append(bias)
+            state["bias"].append(biases)
+            state["is_column"].append(inside)
+        return state
+
+    def value(self, gemm: GroupedGemm, state, mi: int, matrix: int, acc, token_scale):
+        """z of one row and token from accumulators; zero in columns past I, which gemm2 multiplies by zeros."""
+
+        def with_bias(r: int):
+            scaled = acc[r] if token_scale is None else acc[r] * token_scale
+            return let(scaled + state["bias"][mi][r])
+
+        if not self.is_gated:
+            raw = with_bias(matrix)
+            root = let(T.max(state["gate"] * raw, T.float32(0)))
+            z = state["result"] * T.Select(state["is_relu2"], root * root, raw)
+            return let(T.Select(state["is_column"][mi][matrix], z, T.float32(0)))
+        limit = state["limit"]
+        up = let(T.max(T.min(with_bias(0), limit), T.float32(0) - limit) + state["beta"])
+        gate = let(state["gate"] * T.min(with_bias(1), limit))
+        activated = scalar("float32")
+        if_else(
+            state["is_geglu"],
+            lambda: assign(activated, isa.normal_cdf_times(gate, state["alpha"])),
+            lambda: assign(activated, isa.sigmoid_times(gate, state["alpha"])),
+        )
+        return let(T.Select(state["is_column"][mi][0], state["result"] * up * activated, T.float32(0)))
+
+    def out_column(self, gemm: GroupedGemm, tile: Tile):
+        """First z position of the warpgroup's part of the tile."""
+        return tile.row_block * self.columns(gemm.c) + gemm.row_group * gemm.out_columns
+
+    def is_out_column(self, column):
+        return T.bool(True)
+
+
+def gemm1(a, config: GemmConfig, is_gated: bool) -> None:
+    """Emit the kernel."""
+    GroupedGemm(a, config, Gemm1(a, is_gated)).emit()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gemm2: z [rows, I] times the down projection of an expert -> gemm2_output [rows, H], bf16(s_2 * (acc + bias)).
+
+Tiles, roles and pipeline as in gemm.py; fragment rows are neighbouring output columns. Rows of padding are not stored.
+"""
+
+from tvm.script import tirx as T
+
+from tvmmoe.kernels.sm90a.gemm import GemmConfig, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, scalar, tensor_map
+
+
+class Gemm2:
+    """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
+
+    matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
+
+    def __init__(self, a):
+        self.a = a
+        self.k, self.padded_k, self.operand = a.intermediate_size, padded(a.intermediate_size), a.ws["z"]
+        self.scales = a.gemm2_weights_scale
+        self.rows_per_expert = a.hidden_size
+        self.out, self.out_width = a.result("gemm2_output"), a.hidden_size
+
+    def num_row_blocks(self, c: GemmConfig):
+        return (self.rows_per_expert + c.rows - 1) // c.rows
+
+    def weight_map(self, c: GemmConfig):
+        row = self.k // 2
+        dims = [row, self.rows_per_expert, self.a.local_num_experts]
+        strides = [row, row * self.rows_per_expert]
+        return tensor_map(address(self.a.gemm2_weights), dims, strides, [64, c.rows, 1], "uint8", 0, l2_promotion=3)
+
+    def weight_coordinates(self, c: GemmConfig, tile: Tile):
+        return [let(tile.row_block * c.rows), tile.expert]
+
+    def row(self, c: GemmConfig, tile: Tile, smem_row):
+        """Weight row in the expert, clamped into the tensor."""
+        return T.min(tile.row_block * c.rows + smem_row, cast(self.rows_per_expert, "int32") - 1)
+
+    def fragment_row(self, gemm: GroupedGemm, mi: int, r: int):
+        index = gemm.fragment(mi)
+        return index * 64 + gemm.warp4 * 16 + r * 8 + gemm.group
+
+    def row_modulo_4(self, gemm: GroupedGemm, r: int):
+        return gemm.group % 4
+
+    def begin_tile(self, gemm: GroupedGemm, tile: Tile):
+        """The expert's factor and this thread's biases."""
+        a, expert = self.a, cast(tile.expert, "int64")
+        factor = scalar("float32", T.float32(1))
+        with if_(a.output2_scale_scalar != 0):
+            assign(factor, load("float32", address(a.output2_scale_scalar, expert * 4)))
+        biases = []
+        for smem_row in (row for pair in gemm.rows for row in pair):
+            bias = scalar("float32", T.float32(0))
+            with if_(a.gemm2_bias != 0):
+                index = expert * self.rows_per_expert + cast(self.row(gemm.c, tile, smem_row), "int64")
+                assign(bias, load("float32", address(a.gemm2_bias, index * 4)))
+            biases.append(bias)
+        return factor, biases
+
+    def value(self, gemm: GroupedGemm, state, mi: int, matrix: int, acc, token_scale):
+        """Output of one row and token from its accumulator."""
+        factor, biases = state
+        scaled = acc[matrix] if token_scale is None else acc[matrix] * token_scale
+        return let(factor * (scaled + biases[2 * mi + matrix]))
+
+    def out_column(self, gemm: GroupedGemm, tile: Tile):
+        """First output column of the warpgroup's part of the tile."""
+        return tile.row_block * gemm.c.rows + gemm.row_group * gemm.out_columns
+
+    def is_out_column(self, column):
+        return column < cast(self.rows_per_expert, "int32")
+
+
+def gemm2(a, config: GemmConfig) -> None:
+    """Emit the kernel."""
+    GroupedGemm(a, config, Gemm2(a)).emit()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions of the Hopper GEMM: FP4 decode in registers, wgmma with a register A operand, TMA, cp.async, stmatrix.
+
+Decode. A bf16 whose bits 8:6 are an e2m1's ``eem`` and bit 15 its sign is e2m1 * 2^-126, exactly (0.5 is a bf16
+subnormal and multiplies as one). One mul.bf16x2 by 2^126 * scale then gives e2m1 * scale for two nibbles, exactly:
+
+    mxfp4  2^126 * 2^(b-127) = 2^(b-1) is finite for b <= 128. Larger bytes take two multiplications, 2^126 and
+           2^(b-127), in a branch that a warp enters only if it holds such a byte; so every b from 0 to 254 is right.
+    nvfp4  2^126 * e4m3 overflows from 4 on, so the multiplier is 2^(126 - NVFP4_SHIFT) * e4m3 (448 * 2^118 is finite)
+           and the accumulators carry 2^-NVFP4_SHIFT, which the epilogue undoes.
+"""
+
+from tvm.script import tirx as T
+
+from tvmmoe.kernels.sm90a.trace import assign, cast, cuda, let, ptx, regs, scalar, u32
+
+NVFP4_SHIFT = 8
+SQRT_HALF = 0.707106769084930419921875  # as float32
+EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights, which one pass reads once
+TMA = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
+_TWO_POW_126 = 0x7E807E80  # bf16 pair
+_MAX_FAST_UE8M0 = 128
+
+
+def tma_load(rank: int, destination, descriptor, coordinates, barrier, is_streamed: bool = False) -> None:
+    """Tile of ``descriptor`` at ``coordinates`` (innermost first) into shared memory."""
+    if is_streamed:
+        ptx[TMA.format(rank) + ".L2::cache_hint"](destination, descriptor, *coordinates, barrier, T.uint64(EVICT_FIRST))
+    else:
+        ptx[TMA.format(rank)](destination, descriptor, *coordinates, barrier)
+
+
+def copy_async(destination, source, size: int, num_bytes) -> None:
+    """cp.async of ``size`` bytes of which the first ``num_bytes`` are read and the rest are zeros."""
+    ptx["cp.async.ca.shared.global"](destination, source, size, cast(num_bytes, "uint32"))
+
+
+def shared_descriptor_base(pointer):
+    """Low word of the wgmma descriptor of a K-major tile, 128-byte swizzle, at ``pointer`` (16-byte units, LBO 1)."""
+    return ((cuda.cvta_generic_to_shared(pointer) >> u32(4)) & u32(0x3FFF)) | u32(0x10000)
+
+
+def shared_descriptor(low_word):
+    """64-bit descriptor: swizzle mode 1 in bits 63:62, stride between 8-row groups 64 (x 16 bytes)."""
+    return T.uint64(0x4000004000000000) | cast(low_word, "uint64")
+
+
+def wgmma(tile_m: int, acc, a, descriptor, accumulate) -> None:
+    """acc[64, tile_m] (+)= a[64, 16] (registers) * b[16, tile_m] (shared, tokens major)."""
+    name = f"wgmma.mma_async.sync.aligned.m64n{tile_m}k16.f32.bf16.bf16"
+    ptx[name](*[acc[i] for i in range(tile_m // 2)], *a, descriptor, accumulate, 1, 1, 0)
+
+
+def decode_word(word, multiplier, destination, r: int) -> None:
+    """Eight e2m1 of ``word`` -> four bf16 pairs: destination[4 * step + 2 * h + r] of MMA steps 0 and 1."""
+    for position in range(4):
+        magnitude = (word << u32(6 - 4 * position)) if position < 2 else (word >> u32(4 * position - 6))
+        sign = (word << u32(12 - 4 * position)) if position < 3 else word
+        pair = let((magnitude & u32(0x01C001C0)) | (sign & u32(0x80008000)))
+        ptx["mul.rn.bf16x2"](destination[position // 2 * 4 + position % 2 * 2 + r], pair, multiplier)
+
+
+def scale_again(destination, multiplier, r: int) -> None:
+    """Second multiplication of what :func:`decode_word` wrote."""
+    for position in range(4):
+        element = destination[position // 2 * 4 + position % 2 * 2 + r]
+        ptx["mul.rn.bf16x2"](element, element, multiplier)
+
+
+class Ue8m0Multipliers:
+    """Multipliers of one warp's mxfp4 rows for one K block."""
+
+    def __init__(self, scale_bytes):
+        largest = scalar("uint32", scale_bytes[0])
+        for byte in scale_bytes[1:]:
+            assign(largest, T.max(largest, byte))
+        self.is_large = let(T.cuda.any_sync(u32(0xFFFFFFFF), largest > u32(_MAX_FAST_UE8M0)), "int32") != 0
+        self._bytes = scale_bytes
+        fast = [byte * u32(0x00800080) + u32((126 << 7) * 0x10001) for byte in scale_bytes]
+        self._first = [let(T.Select(self.is_large, u32(_TWO_POW_126), value)) for value in fast]
+
+    def first(self, row: int, word: int):
+        return self._first[row]
+
+    def second(self, row: int):
+        """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127."""
+        byte = self._bytes[row]
+        return let(T.Select(byte == u32(0), u32(0x00400040), byte * u32(0x00800080)))
+
+
+class E4m3Multipliers:
+    """Multipliers of one warp's nvfp4 rows: two 16-blocks in a thread's 32 columns."""
+
+    is_large = None
+
+    def __init__(self, scale_pairs):
+        self._values = []
+        for pair in scale_pairs:
+            halves = scalar("uint32")
+            ptx["cvt.rn.f16x2.e4m3x2"](halves, pair)
+            out = regs(2, "uint32")
+            for i in range(2):
+                half = let(cast((halves >> u32(16 * i)) & u32(0xFFFF), "uint16"))
+                value = scalar("float32")
+                ptx["cvt.f32.f16"](value, T.reinterpret("float16", half))
+                scaled = let(value * T.float32(2.0 ** (126 - NVFP4_SHIFT)))
+                ptx["cvt.rn.bf16x2.f32"](out[i], scaled, scaled)
+            self._values.append(out)
+
+    def first(self, row: int, word: int):
+        return self._values[row][word // 2]
+
+
+def stmatrix_transposed(pointer, pairs) -> None:
+    """One 8x8 matrix of bf16 a quarter warp: rows of shared memory are tokens, columns are fragment rows."""
+    ptx[f"stmatrix.sync.aligned.m8n8.x{len(pairs)}.trans.shared.b16"](pointer, *pairs)
+
+
+def sigmoid_times(x, alpha):
+    """x * sigmoid(alpha * x); e^inf gives x / inf = 0."""
+    return T.cuda.fdividef(x, T.float32(1) + T.call_pure_extern("float32", "__expf", T.float32(0) - alpha * x))
+
+
+def normal_cdf_times(x, alpha):
+    """x * PHI(alpha * x), PHI by erf."""
+    erf = T.call_pure_extern("float32", "erff", alpha * x * T.float32(SQRT_HALF))
+    return x * (T.float32(0.5) + T.float32(0.5) * erf)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operand order and workspace of the Hopper operator: plain arithmetic shared by the kernels and the run time.
+
+K order of an activation operand. In a block of 128 columns, lane q of a quad owns the weight bytes of
+k = 32q .. 32q + 31, one 16-byte load per row. MMA step j (k16) takes word j//2 of them and the nibbles p = 2(j%2) + h
+and p + 4, which one mask and one multiply turn into a bf16 pair. So MMA position
+
+    i = 16 j + 8 h + 2 q + b    (j < 8, h < 2, q < 4, b < 2)    is column    k = 32 q + 8 (j//2) + 2 (j%2) + h + 4 b
+
+and whoever writes an activation (gather, gemm1) writes it in this order, with rows padded to whole blocks by zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tvmmoe.workspace import ALIGNMENT, Slice, max_num_tiles
+
+K_BLOCK = 128
+PAIRS_PER_CTA = 1024  # of permute: (token, slot) pairs that one CTA ranks
+
+
+def k_of_position(position: int) -> int:
+    """Column of a 128-block that sits at ``position`` of the operand."""
+    j, h, q, b = position // 16, position // 8 % 2, position // 2 % 4, position % 2
+    return 32 * q + 8 * (j // 2) + 2 * (j % 2) + h + 4 * b
+
+
+def padded(columns: Any) -> Any:
+    """Columns rounded up to whole K blocks."""
+    return (columns + K_BLOCK - 1) // K_BLOCK * K_BLOCK
+
+
+def slices(
+    num_tokens: Any,
+    top_k: Any,
+    hidden_size: Any,
+    intermediate_size: Any,
+    local_num_experts: Any,
+    tile_m: int,
+    minimum: Callable = min,
+) -> tuple[dict[str, Slice], Any]:
+    """Slices of the workspace and its size in bytes.
+
+    Takes ints, or TensorIR expressions with ``minimum=T.min``. ``x`` (operand of gemm1) and ``gemm2_output`` share
+    memory: the first is dead when the second is written.
+    """
+    pairs = num_tokens * top_k
+    num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
+    rows = num_tiles * tile_m
+    num_chunks = (pairs + PAIRS_PER_CTA - 1) // PAIRS_PER_CTA
+    sizes = {
+        "topk_ids": pairs * 4,
+        "expert_weights": pairs * 2,
+        "expanded_idx_to_permuted_idx": pairs * 4,
+        "chunk_counts": num_chunks * local_num_experts * 4,
+        "tile_expert": num_tiles * 4,
+        "tile_rows": num_tiles * 4,
+        "num_tiles": 4,
+        "row_scale": rows * 4,
+        "x": rows * padded(hidden_size) * 2,
+        "z": rows * padded(intermediate_size) * 2,
+    }
+    result, offset = {}, 0
+    for name, num_bytes in sizes.items():
+        result[name] = Slice(offset, num_bytes)
+        offset = offset + (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    result["gemm2_output"] = result["x"]
+    return result, offset
+
+
+def workspace_bytes(
+    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, local_num_experts: int, tile_m: int
+) -> int:
+    """Bytes of workspace that one call needs."""
+    return slices(num_tokens, top_k, hidden_size, intermediate_size, local_num_experts, tile_m)[1]

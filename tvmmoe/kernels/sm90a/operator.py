@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole operator as one packed host function that launches its kernels on the current stream.
+
+    route -> [count] -> scatter -> gather -> gemm1 -> [requantize] -> gemm2 -> [finalize]
+
+The calling convention is ``tvmmoe.abi``. The host function encodes the tensor maps, picks kernels by host values
+(activation format, gated or not, one chunk of pairs or more) and launches: no allocation, no synchronisation, no read
+of device memory. The caller zeroes ``gemm2_output`` when it asks for it: only live rows are written.
+Every kernel waits for the grids before it (griddepcontrol.wait) and lets the next one start its prologue at once.
+"""
+
+from dataclasses import dataclass, replace
+
+import tvm
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as I  # noqa: E741
+from tvmmoe.config import ActivationFormat, WeightFormat
+
+from tvmmoe import abi
+from tvmmoe.kernels.sm90a import permute
+from tvmmoe.kernels.sm90a.finalize import finalize
+from tvmmoe.kernels.sm90a.gather import gather
+from tvmmoe.kernels.sm90a.gemm import GemmConfig
+from tvmmoe.kernels.sm90a.gemm1 import gemm1
+from tvmmoe.kernels.sm90a.gemm2 import gemm2
+from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
+from tvmmoe.kernels.sm90a.requantize import requantize
+from tvmmoe.kernels.sm90a.route import route
+from tvmmoe.kernels.sm90a.trace import if_, if_else
+from tvmmoe.workspace import max_num_tiles
+
+_LAUNCH_PARAMS = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_launch", "tirx.use_dyn_shared_memory"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time choices of one artifact entry."""
+
+    weight_format: WeightFormat
+    tile_m: int
+    mi: int = 1
+    ks: int = 1
+    warpgroups: int = 2
+
+    @property
+    def symbol(self) -> str:
+        return f"fp4_block_scale_moe_{self.weight_format.name}_m{self.tile_m}"
+
+    def gemm(self, is_gated: bool = True) -> GemmConfig:
+        """A GEMM's configuration; without a gate a tile of gemm1 has at most one 128-block of z rows."""
+        config = GemmConfig(self.weight_format, self.tile_m, self.mi, self.ks, self.warpgroups)
+        if is_gated or config.rows <= 128:
+            return config
+        return replace(config, mi=1, ks=1, warpgroups=2)
+
+
+# tile_m: (mi, ks, warpgroups), and the mean rows per expert from which the tile is the fastest: measured on an H100
+# 80GB HBM3 with cold weights (Qwen3-235B, gpt-oss-120b, T = 1 ... 8192). Up to 96 decoding is the limit and more warps
+# win.
+TILES = {8: (1, 4, 4), 16: (1, 2, 4), 32: (1, 2, 4), 64: (1, 1, 2), 96: (1, 1, 4), 256: (1, 1, 2)}
+MIN_ROWS_PER_EXPERT = {8: 0, 16: 3.5, 32: 11, 64: 24, 96: 45, 256: 85}
+
+
+class Arguments:
+    """The entry's parameters as attributes, workspace slices as int64 addresses under ``ws``."""
+
+    def __init__(self, tile_m: int):
+        workspace = I.arg("workspace", I.buffer([tvm.tirx.Var("workspace_size", "int64")], "uint8"))
+        for name in (*abi.POINTERS, *abi.INTS):
+            setattr(self, name, I.arg(name, I.int64()))
+        self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
+        self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
+        pieces, _ = slices(self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size,
+                           self.local_num_experts, tile_m, T.min)  # fmt: skip
+        # TensorIR has no cast from pointer to integer; build.py defines this function.
+        base = I.Bind(T.call_pure_extern("int64", "tvmmoe_address", workspace.data))
+        self.ws = {name: base + piece.offset for name, piece in pieces.items()}
+
+    def result(self, name: str):
+        """Address of a result that the caller may want, or else of the workspace slice of the same name."""
+        given = getattr(self, name)
+        return T.Select(given == 0, self.ws[name], given)
+
+
+def _activation_formats(weight_format: WeightFormat) -> tuple[ActivationFormat, ...]:
+    quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
+    return ActivationFormat.bf16, quantized
+
+
+def operator(variant: Variant) -> tvm.tirx.PrimFunc:
+    """The host function of one variant."""
+    with IRBuilder() as builder:
+        with I.prim_func():
+            I.func_name(variant.symbol)
+            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": _LAUNCH_PARAMS})
+            a = Arguments(variant.tile_m)
+            with if_(a.num_tokens > 0):
+                _launch_all(a, variant)
+    return builder.get()
+
+
+def _launch_all(a: Arguments, variant: Variant) -> None:
+    route(a)
+    with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
+        permute.count(a)
+    permute.scatter(a, variant.tile_m)
+    formats = _activation_formats(variant.weight_format)
+    for form in formats:
+        with if_(a.activation_format == int(form)):
+            gather(a, form)
+    is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
+    if_else(
+        is_gated,
+        lambda: gemm1(a, variant.gemm(), True),
+        lambda: gemm1(a, variant.gemm(is_gated=False), False),
+    )
+    quantized = formats[1]
+    with if_(a.activation_format == int(quantized)):
+        if quantized == ActivationFormat.mxfp8:
+            requantize(a, quantized, False, variant.tile_m)
+        else:
+            if_else(
+                a.per_token_scale != 0,
+                lambda: requantize(a, quantized, True, variant.tile_m),
+                lambda: requantize(a, quantized, False, variant.tile_m),
+            )
+    gemm2(a, variant.gemm())
+    with if_(a.do_finalize != 0):
+        finalize(a)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public operator, with FlashInfer's documented signature."""
+
+import torch
+
+from tvmmoe import torch_op
+from tvmmoe.arguments import validate
+from tvmmoe.config import ActivationType, RoutingMethodType
+
+
+def trtllm_fp4_block_scale_moe(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor | None,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm1_bias: torch.Tensor | None,
+    gemm1_alpha: torch.Tensor | None,
+    gemm1_beta: torch.Tensor | None,
+    gemm1_clamp_limit: torch.Tensor | None,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    gemm2_bias: torch.Tensor | None,
+    output1_scale_scalar: torch.Tensor | None,
+    output1_scale_gate_scalar: torch.Tensor | None,
+    output2_scale_scalar: torch.Tensor | None,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: RoutingMethodType | int = 0,
+    do_finalize: bool = True,
+    enable_pdl: bool | None = None,
+    activation_type: ActivationType | int = 3,
+    per_token_scale: torch.Tensor | None = None,
+    output: torch.Tensor | None = None,
+    tune_max_num_tokens: int = 8192,
+    norm_topk_prob: bool = True,
+    routing_replay_out: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Mixture of Experts on FP4 weights: route, up/gate projection, activation, down projection, weighted sum.
+
+    T tokens, H = hidden_size, I = intermediate_size, E = num_experts over all ranks, E_loc = local_num_experts. F is 2 for a
+    gated activation (Swiglu, Geglu), else 1. Activation x weight modes, told from dtypes and scale shapes:
+
+    =====================  ==================================================  =============================
+    hidden_states          hidden_states_scale                                 weights, block
+    =====================  ==================================================  =============================
+    uint8 e2m1 [T, H/2]    e4m3 [T, H/16]                                      nvfp4, 16
+    float8_e4m3fn [T, H]   ue8m0 [T, H/32]                                     mxfp4, 32
+    bfloat16 [T, H]        None                                                mxfp4, 32 or nvfp4, 16
+    =====================  ==================================================  =============================
+
+    Parameters
+    ----------
+    routing_logits : float32 or bfloat16 [T, E]
+    routing_bias : float32 or bfloat16 [E], optional
+        Added to the selection key by DeepSeekV3 and MiniMax2; the other methods ignore it.
+    hidden_states, hidden_states_scale
+        See the table. Scales are linear row-major; ue8m0 and e4m3 bytes may come as uint8, float8_e8m0fnu or float8_e4m3fn.
+    gemm1_weights : uint8 [E_loc, F*I, H/2]
+        Two e2m1 per byte, even column in the low nibble. Plain row-major: no shuffle. Rows [0, I) are up, [I, 2I) are gate; a
+        checkpoint that stores [gate; up] or interleaves them cannot be recognised by its shape: convert it with
+        :mod:`tvmmoe.layouts` first.
+    gemm1_weights_scale : scale bytes [E_loc, F*I, H/block]
+        The block size, 16 (e4m3) or 32 (ue8m0), is inferred from the shape.
+    gemm1_bias : float32 [E_loc, F*I], optional
+        Added to the raw accumulator: in nvfp4 modes divide real units by output1_scale_gate_scalar.
+    gemm1_alpha, gemm1_beta, gemm1_clamp_limit : float32 [E_loc], optional
+        z = (up + beta) * gate * sigmoid(alpha * gate), up clamped to +-limit, gate to at most limit; beta and limit in raw
+        accumulator units like the bias. Defaults 1, 0, inf.
+    gemm2_weights : uint8 [E_loc, H, I/2]
+    gemm2_weights_scale : scale bytes [E_loc, H, I/block]
+    gemm2_bias : float32 [E_loc, H], optional
+        Added to the raw accumulator: in nvfp4 modes divide real units by output2_scale_scalar.
+    output1_scale_scalar, output1_scale_gate_scalar, output2_scale_scalar : float32 [E_loc]
+        Factor of gemm1's result, of the gate before its non-linearity, of gemm2's result. Required for nvfp4 activations,
+        otherwise None means 1.
+    num_experts, top_k : int
+        E <= 1024 and top_k <= 32.
+    n_group, topk_group : int or None
+        Expert groups of DeepSeekV3: top_k is taken inside the topk_group groups with the best sum of two.
+    intermediate_size : int
+    local_expert_offset, local_num_experts : int
+        This rank's experts, [offset, offset + E_loc). Other experts' slots contribute nothing.
+    routed_scaling_factor : float or None
+        Factor of the weights of DeepSeekV3 and MiniMax2; None is 1.
+    routing_method_type : RoutingMethodType or int
+    do_finalize : bool
+        False returns the pieces instead of the sum (see Returns).
+    enable_pdl : bool or None
+        Programmatic dependent launch on CUDA; no effect on results.
+    activation_type : ActivationType or int
+        Swiglu 3, Geglu 4, Relu2 6, Identity 7 (or 9, FlashInfer's enum value).
+    per_token_scale : float32 [T], optional
+        Decode factor of each nvfp4 row; gemm1's result is then requantised per row.
+    output : bfloat16 [T, H_out], optional
+        Written in place; H_out <= H drops the last columns.
+    tune_max_num_tokens : int
+        Accepted for compatibility: selection is a table, nothing is tuned inside a call.
+    norm_topk_prob : bool
+        Read by SigmoidRenorm alone.
+    routing_replay_out : int16 [>= T, top_k], optional
+        Receives the chosen global expert ids.
+
+    Returns
+    -------
+    list of Tensor
+        ``[output]``; with ``do_finalize=False`` ``[gemm2_output, expert_weights, expanded_idx_to_permuted_idx]``: bfloat16
+        [P, H] rows in expert order with zeros in the padding, bfloat16 [T, top_k], and int32 [T * top_k] with the row of each
+        (token, slot) or -1.
+
+    Raises
+    ------
+    DtypeError, ShapeError, ArgumentError
+        One line with the argument, what it is and what was expected, before anything is launched or written.
+    UnsupportedError
+        A mode outside the table, or a device without an artifact.
+
+    Notes
+    -----
+    Source of the maths: FlashInfer's operator of this name; element formats from OCP MX v1.0 and the PTX ISA.
+    """
+    arguments = locals()
+    if torch.compiler.is_compiling():
+        return torch_op.traced(**arguments)
+    return torch_op.launch(validate(**arguments), arguments)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch: results and workspace from torch's allocator, then one packed call; and the op that torch.compile sees.
+
+Eager calls go straight to :func:`launch`. Under torch.compile the registered ``tvmmoe::fp4_block_scale_moe`` is called, whose
+fake implementation runs the same validation on fake tensors.
+"""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tvmmoe import abi, loader
+from tvmmoe.arguments import validate
+from tvmmoe.config import Problem
+from tvmmoe.loader import Entry
+from tvmmoe.select import select, targets_of
+from tvmmoe.workspace import cpu_slices, max_num_tiles
+
+
+def num_padded_tokens(problem: Problem, tile_m: int) -> int:
+    """Rows of ``gemm2_output``: what the worst routing needs, every expert's segment padded to ``tile_m``."""
+    return tile_m * max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, tile_m)
+
+
+def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
+    """Bytes of workspace that ``entry`` needs for ``problem``."""
+    num_tiles = max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, entry.tile_m)
+    _, total = cpu_slices(
+        problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size, num_tiles, entry.tile_m
+    )
+    return total
+
+
+@functools.cache
+def _function(entry: Entry) -> tuple[Callable[..., None], Callable[[int], None] | None]:
+    """The entry's packed function and, on the CPU, the setter of its thread count."""
+    module = loader.load(loader.manifest(), entry.file)
+    return module[entry.symbol], (module["set_num_threads"] if entry.target.startswith("x86") else None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _selected(problem: Problem) -> Entry:
+    entry = select(loader.manifest(), targets_of(problem.device), problem)
+    if os.environ.get("TVMMOE_VERBOSE"):
+        print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
+    return entry
+
+
+def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.Tensor]:
+    """Uninitialised results that the caller did not pass: the output, or the three of ``do_finalize=False``."""
+    make = functools.partial(torch.empty, device=problem.device)
+    if problem.do_finalize:
+        return [] if has_output else [make(problem.num_tokens, problem.output_hidden_size, dtype=torch.bfloat16)]
+    pairs = problem.num_tokens * problem.top_k
+    return [
+        # Zeros: tiles beyond the live ones are never computed, and padding is promised to be zero.
+        make(num_padded_tokens(problem, tile_m), problem.hidden_size, dtype=torch.bfloat16).zero_(),
+        make(problem.num_tokens, problem.top_k, dtype=torch.bfloat16),
+        make(pairs, dtype=torch.int32),
+    ]
+
+
+def launch(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
+    """Run a validated call; ``tensors`` holds the documented tensor arguments by name."""
+    output = tensors["output"] if problem.do_finalize else None
+    entry = _selected(problem)
+    results = new_results(problem, entry.tile_m, output is not None)
+    if problem.num_tokens == 0:
+        return results if output is None else [output]
+    pointers: dict[str, Any] = dict(tensors)
+    if problem.do_finalize:
+        pointers["output"] = output if output is not None else results[0]
+    else:
+        pointers["output"] = None
+        pointers["gemm2_output"], pointers["expert_weights"], pointers["expanded_idx_to_permuted_idx"] = results
+    function, set_num_threads = _function(entry)
+    workspace = torch.empty(entry_workspace_bytes(problem, entry), dtype=torch.uint8, device=problem.device)
+    if set_num_threads is not None:
+        set_num_threads(torch.get_num_threads())
+    addresses = (0 if (tensor := pointers.get(name)) is None else tensor.data_ptr() for name in abi.POINTERS)
+    function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
+    return results if output is None else [output]
+
+
+def _ints(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> tuple[int, ...]:
+    """Values of ``abi.INTS``, in order."""
+    logits, bias = tensors["routing_logits"], tensors["routing_bias"]
+    return (
+        problem.num_tokens,
+        problem.hidden_size,
+        problem.intermediate_size,
+        problem.num_experts,
+        problem.top_k,
+        problem.local_expert_offset,
+        problem.local_num_experts,
+        problem.n_group,
+        problem.topk_group,
+        problem.output_hidden_size,
+        int(problem.routing_method),
+        int(problem.activation),
+        int(problem.activation_format),
+        int(logits.dtype == torch.bfloat16),
+        int(bias is not None and bias.dtype == torch.bfloat16),
+        int(problem.norm_topk_prob),
+        int(problem.do_finalize),
+        int(problem.enable_pdl),
+    )
+
+
+_ARGUMENTS = inspect.signature(validate)
+_SCHEMA = """(
+    Tensor routing_logits, Tensor? routing_bias, Tensor hidden_states, Tensor? hidden_states_scale,
+    Tensor gemm1_weights, Tensor gemm1_weights_scale, Tensor? gemm1_bias, Tensor? gemm1_alpha, Tensor? gemm1_beta,
+    Tensor? gemm1_clamp_limit, Tensor gemm2_weights, Tensor gemm2_weights_scale, Tensor? gemm2_bias,
+    Tensor? output1_scale_scalar, Tensor? output1_scale_gate_scalar, Tensor? output2_scale_scalar,
+    int num_experts, int top_k, int? n_group, int? topk_group, int intermediate_size, int local_expert_offset,
+    int local_num_experts, float? routed_scaling_factor, int routing_method_type, bool do_finalize, bool? enable_pdl,
+    int activation_type, Tensor? per_token_scale, Tensor(a!)? output, int tune_max_num_tokens, bool norm_topk_prob,
+    Tensor(b!)? routing_replay_out) -> Tensor[]"""
+
+
+@torch.library.custom_op(
+    "tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA
+)
+def _registered(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    """The op as dispatched: results that the caller passed are written, the others returned."""
+    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+    problem = validate(**arguments)
+    results = launch(problem, arguments)
+    return [] if problem.do_finalize and arguments["output"] is not None else results
+
+
+@_registered.register_fake
+def _fake(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+    problem = validate(**arguments)
+    return new_results(problem, _selected(problem).tile_m, arguments["output"] is not None)
+
+
+def traced(**arguments: Any) -> list[torch.Tensor]:
+    """What torch.compile traces: the registered op, with ``output`` handed back as the eager call does."""
+    for name in ("routing_method_type", "activation_type"):
+        arguments[name] = int(arguments[name])
+    results = torch.ops.tvmmoe.fp4_block_scale_moe(*arguments.values())
+    return [arguments["output"]] if arguments["output"] is not None and arguments["do_finalize"] else results
