@@ -48,7 +48,7 @@ class Entry:
         return self.min_rows_per_expert <= rows_per_expert and is_below
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Manifest:
     """``artifacts/manifest.json``."""
 

@@ -5,7 +5,7 @@ import torch
 
 from tvmmoe import torch_op
 from tvmmoe.arguments import validate
-from tvmmoe.config import ActivationType, RoutingMethodType
+from tvmmoe.config import ActivationFormat, ActivationType, Problem, RoutingMethodType, WeightFormat
 
 
 def trtllm_fp4_block_scale_moe(
@@ -130,3 +130,45 @@ def trtllm_fp4_block_scale_moe(
     if torch.compiler.is_compiling():
         return torch_op.traced(**arguments)
     return torch_op.launch(validate(**arguments), arguments)
+
+
+def workspace_bytes(
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    local_num_experts: int | None = None,
+    activation_format: str = "bf16",
+    weight_format: str = "mxfp4",
+    device: torch.device | str = "cpu",
+) -> int:
+    """Bytes that one call takes from torch's allocator for intermediates, beside its results.
+
+    ``activation_format`` is bf16, mxfp8 or nvfp4, ``weight_format`` mxfp4 or nvfp4; ``local_num_experts`` defaults to
+    ``num_experts``. Raises UnsupportedError where no artifact would serve the call.
+    """
+    problem = Problem(
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=top_k,
+        local_expert_offset=0,
+        local_num_experts=num_experts if local_num_experts is None else local_num_experts,
+        n_group=0,
+        topk_group=0,
+        output_hidden_size=hidden_size,
+        routing_method=RoutingMethodType.Renormalize,
+        activation=ActivationType.Swiglu,
+        activation_format=ActivationFormat[activation_format],
+        weight_format=WeightFormat[weight_format],
+        routed_scaling_factor=1.0,
+        norm_topk_prob=True,
+        do_finalize=True,
+        enable_pdl=True,
+        has_per_token_scale=False,
+        device=torch.device(device),
+    )
+    return torch_op.entry_workspace_bytes(problem, torch_op.selected_entry(problem))

@@ -5,6 +5,7 @@ Eager calls go straight to :func:`launch`. Under torch.compile the registered ``
 fake implementation runs the same validation on fake tensors.
 """
 
+import contextlib
 import functools
 import inspect
 import os
@@ -17,6 +18,7 @@ import torch
 from tvmmoe import abi, loader
 from tvmmoe.arguments import validate
 from tvmmoe.config import Problem
+from tvmmoe.kernels.sm90a.layout import workspace_bytes as sm90a_workspace_bytes
 from tvmmoe.loader import Entry
 from tvmmoe.select import select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
@@ -29,11 +31,11 @@ def num_padded_tokens(problem: Problem, tile_m: int) -> int:
 
 def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
+    sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
+    if entry.target.startswith("sm"):
+        return sm90a_workspace_bytes(*sizes, problem.local_num_experts, entry.tile_m)
     num_tiles = max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, entry.tile_m)
-    _, total = cpu_slices(
-        problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size, num_tiles, entry.tile_m
-    )
-    return total
+    return cpu_slices(*sizes, num_tiles, entry.tile_m)[1]
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def _function(entry: Entry) -> tuple[Callable[..., None], Callable[[int], None] 
 
 
 @functools.lru_cache(maxsize=4096)
-def _selected(problem: Problem) -> Entry:
+def selected_entry(problem: Problem) -> Entry:
     entry = select(loader.manifest(), targets_of(problem.device), problem)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
@@ -68,7 +70,7 @@ def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.T
 def launch(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
     """Run a validated call; ``tensors`` holds the documented tensor arguments by name."""
     output = tensors["output"] if problem.do_finalize else None
-    entry = _selected(problem)
+    entry = selected_entry(problem)
     results = new_results(problem, entry.tile_m, output is not None)
     if problem.num_tokens == 0:
         return results if output is None else [output]
@@ -83,7 +85,8 @@ def launch(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> list[to
     if set_num_threads is not None:
         set_num_threads(torch.get_num_threads())
     addresses = (0 if (tensor := pointers.get(name)) is None else tensor.data_ptr() for name in abi.POINTERS)
-    function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
+    with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
+        function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
     return results if output is None else [output]
 
 
@@ -139,7 +142,7 @@ def _registered(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
 def _fake(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
     problem = validate(**arguments)
-    return new_results(problem, _selected(problem).tile_m, arguments["output"] is not None)
+    return new_results(problem, selected_entry(problem).tile_m, arguments["output"] is not None)
 
 
 def traced(**arguments: Any) -> list[torch.Tensor]:

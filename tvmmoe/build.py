@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build artifacts and their manifest entries: ``python -m tvmmoe.build --target cpu|sm90a``. Needs the extra ``tune``."""
+
+import argparse
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from tvmmoe.abi import ARTIFACT_ABI
+from tvmmoe.config import ActivationFormat, WeightFormat
+from tvmmoe.kernels import cpu
+from tvmmoe.kernels.cpu_operator import entry_symbol
+from tvmmoe.loader import artifacts_dir
+
+# Mean rows per expert from which a tile height serves; measured with g = Qwen3-30B-A3B's layer on 2 cores, see README.
+CPU_MIN_ROWS_PER_EXPERT = {1: 0, 4: 0.5, 16: 4}
+TARGETS = ("cpu", "sm90a")
+
+
+def _version_of(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.strip().split("\n")[-1]
+
+
+def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verified: str) -> dict[str, Any]:
+    """Manifest record of one artifact file."""
+    return {
+        "target": target,
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "tir_sha256": tir_sha256,
+        "tvm": tvm.__version__,
+        "compiler": compiler,
+        "verified": verified,
+    }
+
+
+def _cpu_entries(level: str, file: str) -> list[dict[str, Any]]:
+    limits = [*CPU_MIN_ROWS_PER_EXPERT.values(), None]
+    return [
+        {
+            "target": level,
+            "weight_format": weight_format.name,
+            "activation_formats": [
+                ActivationFormat.bf16.name,
+                (ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4).name,
+            ],
+            "tile_m": tile_m,
+            "min_rows_per_expert": limits[i],
+            "max_rows_per_expert": limits[i + 1],
+            "symbol": entry_symbol(weight_format, tile_m),
+            "file": file,
+        }
+        for weight_format in WeightFormat
+        for i, tile_m in enumerate(cpu.TILE_M)
+    ]
+
+
+def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Both x86-64 levels: file records and selection entries."""
+    compiled = cpu.functions()
+    digest = cpu.tir_sha256(compiled)
+    files, entries = {}, []
+    (folder / "cpu").mkdir(parents=True, exist_ok=True)
+    for level in cpu.LEVELS:
+        file = f"cpu/fp4_block_scale_moe_{level}.so"
+        cpu.build(compiled, level, folder / file)
+        files[file] = file_record(folder / file, level, digest, f"llvm in tvm; {_version_of('cc')[:60]}", "measured")
+        entries += _cpu_entries(level, file)
+    return files, entries
+
+
+def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One file per weight format. ``verified`` stays ``compiled`` until the gpu suite has run on the rebuilt file."""
+    from tvmmoe.kernels.sm90a import build
+
+    entries = [{**entry, "file": f"sm90a/{entry['file']}"} for entry in build.build_sm90a(folder / "sm90a")]
+    return sm90a_files(folder, "compiled"), entries
+
+
+def sm90a_files(folder: Path, verified: str) -> dict[str, Any]:
+    """File records of the artifacts in ``folder/sm90a``; their TIR hash is that of the generated CUDA source."""
+    from tvmmoe.kernels.sm90a import build
+
+    files = {}
+    for weight_format in WeightFormat:
+        file = f"sm90a/moe_{weight_format.name}_sm90a.so"
+        digest = hashlib.sha256(build.cuda_source(build.variants(weight_format)).encode()).hexdigest()
+        files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc"), verified)
+    return files
+
+
+def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
+    """Put records into ``manifest.json``, replacing those of the same targets and keeping the others."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text()) if path.is_file() else {"files": {}, "entries": []}
+    targets = {record["target"] for record in files.values()}
+    kept_files = {name: record for name, record in content["files"].items() if record["target"] not in targets}
+    kept = [entry for entry in content["entries"] if entry["target"] not in targets]
+    manifest = {"artifact_abi": ARTIFACT_ABI, "files": {**kept_files, **files}, "entries": [*kept, *entries]}
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tvmmoe.build", description=__doc__)
+    parser.add_argument("--target", required=True, choices=TARGETS)
+    parser.add_argument("--out", type=Path, default=artifacts_dir(), help="folder of manifest.json and the files")
+    arguments = parser.parse_args()
+    files, entries = (build_cpu if arguments.target == "cpu" else build_sm90a)(arguments.out)
+    write_manifest(arguments.out, files, entries)
+    for name, record in files.items():
+        print(f"{name}  {record['bytes'] / 2**20:.1f} MiB  tir {record['tir_sha256'][:12]}")
+
+
+if __name__ == "__main__":
+    main()
