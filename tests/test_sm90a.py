@@ -9,11 +9,11 @@ import functools
 
 import pytest
 import torch
+
+from tvmmoe import abi, loader
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType, WeightFormat
 from tvmmoe.config import RoutingMethodType as Method
-
-from tvmmoe import abi, loader
 from tvmmoe.kernels.sm90a import layout
 from tvmmoe.reference import moe_ref
 from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch

@@ -124,25 +124,30 @@ _SCHEMA = """(
     int num_experts, int top_k, int? n_group, int? topk_group, int intermediate_size, int local_expert_offset,
     int local_num_experts, float? routed_scaling_factor, int routing_method_type, bool do_finalize, bool? enable_pdl,
     int activation_type, Tensor? per_token_scale, Tensor(a!)? output, int tune_max_num_tokens, bool norm_topk_prob,
-    Tensor(b!)? routing_replay_out) -> Tensor[]"""
+    Tensor(b!)? routing_replay_out) -> (Tensor, Tensor, Tensor)"""
 
 
 @torch.library.custom_op(
     "tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA
 )
-def _registered(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    """The op as dispatched: results that the caller passed are written, the others returned."""
+def _registered(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """The op as dispatched: a fixed number of results, those that the call does not have (or wrote in place) empty."""
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
     problem = validate(**arguments)
     results = launch(problem, arguments)
-    return [] if problem.do_finalize and arguments["output"] is not None else results
+    return _three(problem, [] if problem.do_finalize and arguments["output"] is not None else results)
 
 
 @_registered.register_fake
-def _fake(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+def _fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
     problem = validate(**arguments)
-    return new_results(problem, selected_entry(problem).tile_m, arguments["output"] is not None)
+    return _three(problem, new_results(problem, selected_entry(problem).tile_m, arguments["output"] is not None))
+
+
+def _three(problem: Problem, results: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """``results`` filled up to three with empty tensors."""
+    return (*results, *(torch.empty(0, device=problem.device) for _ in range(3 - len(results))))
 
 
 def traced(**arguments: Any) -> list[torch.Tensor]:
@@ -150,4 +155,6 @@ def traced(**arguments: Any) -> list[torch.Tensor]:
     for name in ("routing_method_type", "activation_type"):
         arguments[name] = int(arguments[name])
     results = torch.ops.tvmmoe.fp4_block_scale_moe(*arguments.values())
-    return [arguments["output"]] if arguments["output"] is not None and arguments["do_finalize"] else results
+    if not arguments["do_finalize"]:
+        return list(results)
+    return [results[0] if arguments["output"] is None else arguments["output"]]

@@ -17,7 +17,6 @@ from tvmmoe.config import ActivationFormat, ActivationType, WeightFormat
 from tvmmoe.kernels.neutral import INF, ONE, ZEROS
 from tvmmoe.workspace import cpu_slices, max_num_tiles
 
-
 STORAGE = {"float32": "float32", "bfloat16": "uint16"}  # TensorIR dtype that holds an element
 
 
