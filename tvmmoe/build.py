@@ -17,13 +17,14 @@ from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.loader import artifacts_dir
 
-# Mean rows per expert from which a tile height serves; measured with g = Qwen3-30B-A3B's layer on 2 cores, see README.
+# Mean rows per expert from which a tile height serves; from times of Qwen3-30B-A3B's layer at T = 1, 16, 128 on 2 cores.
 CPU_MIN_ROWS_PER_EXPERT = {1: 0, 4: 0.5, 16: 4}
 TARGETS = ("cpu", "sm90a")
 
 
-def _version_of(command: str) -> str:
-    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.strip().split("\n")[-1]
+def _version_of(command: str, line: int) -> str:
+    """One line of what ``command --version`` prints: gcc has its version on the first, nvcc on the last."""
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[line]
 
 
 def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verified: str) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for level in cpu.LEVELS:
         file = f"cpu/fp4_block_scale_moe_{level}.so"
         cpu.build(compiled, level, folder / file)
-        files[file] = file_record(folder / file, level, digest, f"llvm in tvm; {_version_of('cc')[:60]}", "measured")
+        files[file] = file_record(folder / file, level, digest, f"llvm in tvm; {_version_of('gcc', 0)}", "measured")
         entries += _cpu_entries(level, file)
     return files, entries
 
@@ -90,7 +91,7 @@ def sm90a_files(folder: Path, verified: str) -> dict[str, Any]:
     for weight_format in WeightFormat:
         file = f"sm90a/moe_{weight_format.name}_sm90a.so"
         digest = hashlib.sha256(build.cuda_source(build.variants(weight_format)).encode()).hexdigest()
-        files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc"), verified)
+        files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
     return files
 
 

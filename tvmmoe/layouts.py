@@ -30,8 +30,11 @@ def to_128x4(scale: torch.Tensor) -> torch.Tensor:
     """
     rows, columns = scale.shape[-2:]
     padded = torch.zeros(
-        *scale.shape[:-2], _round_up(rows, TILE_ROWS), _round_up(columns, TILE_COLUMNS),
-        dtype=torch.uint8, device=scale.device,
+        *scale.shape[:-2],
+        _round_up(rows, TILE_ROWS),
+        _round_up(columns, TILE_COLUMNS),
+        dtype=torch.uint8,
+        device=scale.device,
     )
     padded[..., :rows, :columns] = scale.view(torch.uint8)
     tiles = padded.unflatten(-2, (-1, 4, 32)).unflatten(-1, (-1, 4))  # [row tile, r // 32, r % 32, column tile, c]
@@ -97,7 +100,11 @@ def _halves(x: torch.Tensor, dim: int) -> int:
 
 def swap_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     """[gate; up] rows to [up; gate], or back: weights, scales or biases, rows along ``dim``."""
-    return x.view(torch.uint8).roll(_halves(x, dim), dim).view(x.dtype) if x.itemsize == 1 else x.roll(_halves(x, dim), dim)
+    return (
+        x.view(torch.uint8).roll(_halves(x, dim), dim).view(x.dtype)
+        if x.itemsize == 1
+        else x.roll(_halves(x, dim), dim)
+    )
 
 
 def deinterleave_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:

@@ -142,7 +142,9 @@ def quantize_nvfp4_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     x ~ values * block_scale * per_token_scale. A row of zeros gives zeros throughout.
     """
     blocks = _blocks("x", x, 16)
-    per_token = blocks.abs().flatten(-2).amax(-1) / (E4M3_MAX * E2M1_MAX) if x.numel() else blocks.new_zeros(x.shape[:-1])
+    per_token = (
+        blocks.abs().flatten(-2).amax(-1) / (E4M3_MAX * E2M1_MAX) if x.numel() else blocks.new_zeros(x.shape[:-1])
+    )
     row = _nonzero(per_token)[..., None]
     scale = encode_e4m3(blocks.abs().amax(-1) / E2M1_MAX / row)
     divisor = _nonzero(scale.float() * row)[..., None]

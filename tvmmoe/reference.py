@@ -453,9 +453,7 @@ def moe_ref(
             beta=of(gemm1_beta, e),
             clamp_limit=of(gemm1_clamp_limit, e),
         )
-        z, row_scale = requantize_ref(
-            z, activation_format_of(hidden_states), is_per_token=per_token_scale is not None
-        )
+        z, row_scale = requantize_ref(z, activation_format_of(hidden_states), is_per_token=per_token_scale is not None)
         gemm2_output[rows] = gemm2_ref(
             z,
             gemm2_weights[e],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch: results and workspace from torch's allocator, then one packed call; and the op that torch.compile sees.
+"""The launch: results and workspace from torch's allocator, then one packed call; the op that torch.compile sees.
 
-Eager calls go straight to :func:`launch`. Under torch.compile the registered ``tvmmoe::fp4_block_scale_moe`` is called, whose
-fake implementation runs the same validation on fake tensors.
+Eager calls go straight to :func:`launch`. Under torch.compile the registered ``tvmmoe::fp4_block_scale_moe`` is
+called, whose fake implementation runs the same validation on fake tensors.
 """
 
 import contextlib
@@ -127,9 +127,7 @@ _SCHEMA = """(
     Tensor(b!)? routing_replay_out) -> (Tensor, Tensor, Tensor)"""
 
 
-@torch.library.custom_op(
-    "tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA
-)
+@torch.library.custom_op("tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA)
 def _registered(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     """The op as dispatched: a fixed number of results, those that the call does not have (or wrote in place) empty."""
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments

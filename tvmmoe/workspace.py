@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of intermediates. Plain arithmetic, so that the run time (ints) and the builders (TensorIR expressions) share it."""
+"""Sizes of intermediates. Plain arithmetic that the run time (ints) and the builders (expressions) share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +24,13 @@ class Slice(NamedTuple):
 
 
 def cpu_slices(
-    num_tokens: Any, top_k: Any, hidden_size: Any, intermediate_size: Any, num_tiles: Any, tile_m: int, maximum: Callable = max
+    num_tokens: Any,
+    top_k: Any,
+    hidden_size: Any,
+    intermediate_size: Any,
+    num_tiles: Any,
+    tile_m: int,
+    maximum: Callable = max,
 ) -> tuple[dict[str, Slice], Any]:
     """Slices of the CPU operator's workspace and its total size in bytes; ``num_tiles`` from :func:`max_num_tiles`."""
     pairs, rows = num_tokens * top_k, num_tiles * tile_m

@@ -80,7 +80,23 @@ def build(compiled: dict[str, tirx.PrimFunc], level: str, library: Path) -> None
         exports.write_text("{ global: " + " ".join(f"__tvm_ffi_{name};" for name in names) + " local: *; };\n")
         include = [f"-I{tvm_ffi.libinfo.find_include_path()}", f"-I{tvm_ffi.libinfo.find_dlpack_include_path()}"]
         subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-O2", "-s", "-Wall", "-Werror", *include, str(RUNTIME_SOURCE), *objects,
-             f"-Wl,--version-script={exports}", "-Wl,--gc-sections", "-lpthread", "-lm", "-o", str(library)],
+            [
+                "gcc",
+                "-shared",
+                "-fPIC",
+                "-O2",
+                "-s",
+                "-Wall",
+                "-Werror",
+                *include,
+                str(RUNTIME_SOURCE),
+                *objects,
+                f"-Wl,--version-script={exports}",
+                "-Wl,--gc-sections",
+                "-lpthread",
+                "-lm",
+                "-o",
+                str(library),
+            ],
             check=True,
         )

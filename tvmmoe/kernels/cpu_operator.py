@@ -52,8 +52,9 @@ class _Arguments:
         self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
         self.tile_m = tile_m
         self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
-        slices, _ = cpu_slices(self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size, self.max_tiles,
-                               tile_m, T.max)
+        slices, _ = cpu_slices(
+            self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size, self.max_tiles, tile_m, T.max
+        )
         base = T.call_pure_extern("int64", "tvmmoe_address", workspace.data)  # TensorIR has no pointer-to-int cast
         self.ws = {name: base + piece.offset for name, piece in slices.items()}
         self.hb, self.ib = self.hidden_size // 32, self.intermediate_size // 32
@@ -103,7 +104,12 @@ def _route(a: _Arguments) -> None:
                     _view(a.ws["topk_ids"], "int32", a.num_tokens, a.top_k),
                     _view(a.result("expert_weights"), "uint16", a.num_tokens, a.top_k),
                     _view(replay, "int16", replay_rows, a.top_k),
-                    a.routing_method, has_bias, a.n_group, a.topk_group, a.routed_scaling_factor, a.norm_topk_prob,
+                    a.routing_method,
+                    has_bias,
+                    a.n_group,
+                    a.topk_group,
+                    a.routed_scaling_factor,
+                    a.norm_topk_prob,
                 )
     _call(
         "permute",
@@ -112,7 +118,8 @@ def _route(a: _Arguments) -> None:
         _view(a.ws["permuted_idx_to_token_idx"], "int32", a.max_tiles, a.tile_m),
         _view(a.ws["tile_expert"], "int32", a.max_tiles),
         _view(a.ws["num_tiles"], "int32", 1),
-        a.local_expert_offset, a.local_num_experts,
+        a.local_expert_offset,
+        a.local_num_experts,
     )
 
 
@@ -135,7 +142,8 @@ def _experts(a: _Arguments, weight_format: WeightFormat) -> None:
             _view(a.ws["operand"], "float32", nt, a.tile_m, a.ib, 2, 16),
             _view(a.gemm2_weights, "uint8", a.local_num_experts, a.hb, 32, a.ib, 16),
             _view(a.gemm2_weights_scale, "uint8", a.local_num_experts, a.hb, 32, a.ib, per_32),
-            _view(*tile_expert), _view(*row_token),
+            _view(*tile_expert),
+            _view(*row_token),
             _view(a.ws["row_scale"], "float32", nt, a.tile_m),
             a.rows("gemm2_bias", ZEROS, a.hb, 32),
             a.rows("output2_scale_scalar", ONE),
@@ -155,8 +163,13 @@ def _gather(a: _Arguments, nt, row_token) -> None:
             _call(
                 stage_symbol("gather", form.name),
                 _view(a.hidden_states, dtype, a.num_tokens, *shape),
-                _view(a.ws["neutral"] if is_bf16 else a.hidden_states_scale, "uint8",
-                      1 if is_bf16 else a.num_tokens, a.hb, per_32),
+                _view(
+                    a.ws["neutral"] if is_bf16 else a.hidden_states_scale,
+                    "uint8",
+                    1 if is_bf16 else a.num_tokens,
+                    a.hb,
+                    per_32,
+                ),
                 _view(*row_token),
                 _view(a.ws["operand"], "float32", nt, a.tile_m, a.hb, 2, 16),
             )
@@ -169,11 +182,15 @@ def _gemm1(a: _Arguments, nt, weight_format: WeightFormat, activation: Activatio
         _view(a.ws["operand"], "float32", nt, a.tile_m, a.hb, 2, 16),
         _view(a.gemm1_weights, "uint8", a.local_num_experts, halves, a.ib, 32, a.hb, 16),
         _view(a.gemm1_weights_scale, "uint8", a.local_num_experts, halves, a.ib, 32, a.hb, per_32),
-        _view(*tile_expert), _view(*row_token),
+        _view(*tile_expert),
+        _view(*row_token),
         a.rows("per_token_scale", ONE),
         a.rows("gemm1_bias", ZEROS, halves, a.ib, 32),
-        a.rows("gemm1_alpha", ONE), a.rows("gemm1_beta", ZEROS), a.rows("gemm1_clamp_limit", INF),
-        a.rows("output1_scale_scalar", ONE), a.rows("output1_scale_gate_scalar", ONE),
+        a.rows("gemm1_alpha", ONE),
+        a.rows("gemm1_beta", ZEROS),
+        a.rows("gemm1_clamp_limit", INF),
+        a.rows("output1_scale_scalar", ONE),
+        a.rows("output1_scale_gate_scalar", ONE),
         _view(a.ws["z"], "uint16", nt, a.tile_m, a.ib, 32),
     )
 

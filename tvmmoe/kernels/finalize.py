@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """finalize: out[t] = sum over k of topk_weights[t, k] * y[row of (t, k)], float32, k ascending (operator-semantics 9).
 
-    y                             bfloat16 [rows, hidden_size]
-    topk_weights                  bfloat16 [num_tokens, top_k]
-    expanded_idx_to_permuted_idx  int32    [num_tokens, top_k]   -1: not local, contributes nothing
-    output                        bfloat16 [num_tokens, output_hidden_size]   columns beyond are dropped
+y                             bfloat16 [rows, hidden_size]
+topk_weights                  bfloat16 [num_tokens, top_k]
+expanded_idx_to_permuted_idx  int32    [num_tokens, top_k]   -1: not local, contributes nothing
+output                        bfloat16 [num_tokens, output_hidden_size]   columns beyond are dropped
 """
 
 from tvm.script import tirx as T

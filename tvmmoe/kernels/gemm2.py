@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """gemm2, the down projection: y = s_2 * (row_scale * W2 z + bias), rounded to bfloat16 per row.
 
-    x            float32  [num_tiles, tile_m, I/32, 2, 16]   requantised z, blocks as in gemm1
-    weights      uint8    [E_loc, H/32, 32, I/32, 16]
-    block_scale  uint8    [E_loc, H/32, 32, I/32, 32/block_size]
-    y            bfloat16 [num_tiles, tile_m, H/32, 32]      rows without a token are written as zeros
+x            float32  [num_tiles, tile_m, I/32, 2, 16]   requantised z, blocks as in gemm1
+weights      uint8    [E_loc, H/32, 32, I/32, 16]
+block_scale  uint8    [E_loc, H/32, 32, I/32, 32/block_size]
+y            bfloat16 [num_tiles, tile_m, H/32, 32]      rows without a token are written as zeros
 """
 
 from tvm.script import tirx as T
@@ -54,6 +54,7 @@ def gemm2(weight_format: WeightFormat, tile_m: int):
                 vt, vm, vnb, vn = T.axis.remap("SSSS", [t, m, nb, n])
                 Y[vt, vm, vnb, vn] = T.if_then_else(
                     ROW[vt, vm] < 0, T.uint16(0),
-                    numerics.float32_to_bf16(SC[row(TE[vt], n_scale)] * (ACC[vt, vm, vnb, vn] * RS[vt, vm] + B[row(TE[vt], n_bias), vnb, vn])))
+                    numerics.float32_to_bf16(SC[row(TE[vt], n_scale)] * (
+                        ACC[vt, vm, vnb, vn] * RS[vt, vm] + B[row(TE[vt], n_bias), vnb, vn])))
     # fmt: on
     return definition

@@ -56,7 +56,8 @@ def permute():
                     row_count[0] = next_row[IDS[i, k] - local_expert_offset]
                     next_row[IDS[i, k] - local_expert_offset] = row_count[0] + 1
                     TO_PERMUTED[i, k] = row_count[0]
-                    TO_TOKEN[T.Cast("int64", row_count[0]) // tile_m, T.Cast("int64", row_count[0]) % tile_m] = T.Cast("int32", i)
+                    TO_TOKEN[T.Cast("int64", row_count[0]) // tile_m,
+                             T.Cast("int64", row_count[0]) % tile_m] = T.Cast("int32", i)
                 else:
                     TO_PERMUTED[i, k] = -1
     # fmt: on

@@ -44,11 +44,13 @@ def _weight(method, x, softmax, maximum, total, scale, renormalize):
     share = T.Cast("float64", sigmoid) * scale / (total + T.float64(1e-20))
     mean = T.Cast("float64", sigmoid) / T.max(total, T.float64(1e-20))
     weight = T.if_then_else(is_method(method, Method.TopK), x, sigmoid)
-    weight = T.if_then_else(T.And(is_method(method, Method.SigmoidRenorm), renormalize != 0),
-                            T.Cast("float32", mean), weight)
+    weight = T.if_then_else(
+        T.And(is_method(method, Method.SigmoidRenorm), renormalize != 0), T.Cast("float32", mean), weight
+    )
     weight = T.if_then_else(is_method(method, Method.DeepSeekV3, Method.MiniMax2), T.Cast("float32", share), weight)
-    weight = T.if_then_else(is_method(method, Method.Renormalize, Method.RenormalizeNaive),
-                            T.Cast("float32", renormalized), weight)
+    weight = T.if_then_else(
+        is_method(method, Method.Renormalize, Method.RenormalizeNaive), T.Cast("float32", renormalized), weight
+    )
     return T.if_then_else(is_method(method, Method.Default), softmax, weight)
 
 

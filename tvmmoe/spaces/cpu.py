@@ -31,7 +31,9 @@ def _parallel_outermost(func: tirx.PrimFunc) -> tirx.PrimFunc:
     realize = func.body
     root, loop = realize.block, realize.block.body
     parallel = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.PARALLEL, loop.body)
-    root = s_tir.SBlock(root.iter_vars, root.reads, root.writes, root.name_hint, parallel, root.init, root.alloc_buffers)
+    root = s_tir.SBlock(
+        root.iter_vars, root.reads, root.writes, root.name_hint, parallel, root.init, root.alloc_buffers
+    )
     return func.with_body(s_tir.SBlockRealize(realize.iter_values, realize.predicate, root))
 
 

@@ -10,8 +10,8 @@ Rows nobody writes (padding of a tile) only meet accumulator columns that nobody
 """
 
 from tvm.script import tirx as T
-from tvmmoe.config import ActivationFormat
 
+from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import (

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tvm.script import tirx as T
-from tvmmoe.config import WeightFormat
 
+from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (

@@ -13,8 +13,8 @@ n = 32q + 8m + c + 4b, b innermost so that the rows of a quarter warp's 16-byte 
 """
 
 from tvm.script import tirx as T
-from tvmmoe.config import ActivationType
 
+from tvmmoe.config import ActivationType
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm import GemmConfig, GroupedGemm, Tile
 from tvmmoe.kernels.sm90a.layout import padded

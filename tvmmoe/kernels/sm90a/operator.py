@@ -15,9 +15,9 @@ import tvm
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I  # noqa: E741
-from tvmmoe.config import ActivationFormat, WeightFormat
 
 from tvmmoe import abi
+from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.kernels.sm90a import permute
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather import gather

@@ -13,8 +13,8 @@ kernel.
 """
 
 from tvm.script import tirx as T
-from tvmmoe.config import ActivationFormat
 
+from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
 from tvmmoe.kernels.sm90a.layout import padded

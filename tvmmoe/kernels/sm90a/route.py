@@ -10,8 +10,8 @@ Keys, sums and roundings are those of the CPU definition (kernels/route.py), so 
 """
 
 from tvm.script import tirx as T
-from tvmmoe.config import RoutingMethodType as Method
 
+from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.trace import (
     I,
