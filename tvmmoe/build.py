@@ -40,24 +40,24 @@ def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verifie
     }
 
 
-def _cpu_entries(level: str, file: str) -> list[dict[str, Any]]:
-    limits = [*CPU_MIN_ROWS_PER_EXPERT.values(), None]
+def selection_rows(
+    target: str, weight_format: WeightFormat, min_rows_per_expert: dict[int, float], symbols: dict[int, str], file: str
+) -> list[dict[str, Any]]:
+    """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all."""
+    quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
+    limits = [*(min_rows_per_expert[tile_m] for tile_m in symbols), None]
     return [
         {
-            "target": level,
+            "target": target,
             "weight_format": weight_format.name,
-            "activation_formats": [
-                ActivationFormat.bf16.name,
-                (ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4).name,
-            ],
+            "activation_formats": [ActivationFormat.bf16.name, quantized.name],
             "tile_m": tile_m,
             "min_rows_per_expert": limits[i],
             "max_rows_per_expert": limits[i + 1],
-            "symbol": entry_symbol(weight_format, tile_m),
+            "symbol": symbol,
             "file": file,
         }
-        for weight_format in WeightFormat
-        for i, tile_m in enumerate(cpu.TILE_M)
+        for i, (tile_m, symbol) in enumerate(symbols.items())
     ]
 
 
@@ -71,7 +71,9 @@ def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         file = f"cpu/fp4_block_scale_moe_{level}.so"
         cpu.build(compiled, level, folder / file)
         files[file] = file_record(folder / file, level, digest, f"llvm in tvm; {_version_of('gcc', 0)}", "measured")
-        entries += _cpu_entries(level, file)
+        for weight_format in WeightFormat:
+            symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
+            entries += selection_rows(level, weight_format, CPU_MIN_ROWS_PER_EXPERT, symbols, file)
     return files, entries
 
 
@@ -79,20 +81,24 @@ def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One file per weight format. ``verified`` stays ``compiled`` until the gpu suite has run on the rebuilt file."""
     from tvmmoe.kernels.sm90a import build
 
-    entries = [{**entry, "file": f"sm90a/{entry['file']}"} for entry in build.build_sm90a(folder / "sm90a")]
-    return sm90a_files(folder, "compiled"), entries
+    build.build_sm90a(folder / "sm90a")
+    return sm90a_records(folder, "compiled")
 
 
-def sm90a_files(folder: Path, verified: str) -> dict[str, Any]:
-    """File records of the artifacts in ``folder/sm90a``; their TIR hash is that of the generated CUDA source."""
+def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """File records and selection entries of what lies in ``folder/sm90a``; the TIR hash is that of the CUDA source."""
     from tvmmoe.kernels.sm90a import build
+    from tvmmoe.kernels.sm90a.operator import MIN_ROWS_PER_EXPERT
 
-    files = {}
+    files, entries = {}, []
     for weight_format in WeightFormat:
-        file = f"sm90a/moe_{weight_format.name}_sm90a.so"
-        digest = hashlib.sha256(build.cuda_source(build.variants(weight_format)).encode()).hexdigest()
+        variants = build.variants(weight_format)
+        file = f"sm90a/{build.file_name(weight_format)}"
+        digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
         files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
-    return files
+        symbols = {variant.tile_m: variant.symbol for variant in variants}
+        entries += selection_rows("sm90a", weight_format, MIN_ROWS_PER_EXPERT, symbols, file)
+    return files, entries
 
 
 def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:

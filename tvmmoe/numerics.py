@@ -355,14 +355,7 @@ def quantize_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ------
     DtypeError, ShapeError
     """
-    blocks = _blocks("x", x, MX_BLOCK)
-
-    def encode(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        block = blocks[part].float()
-        scale = ue8m0_ceil(_divide(_amax(block), E2M1_MAX))
-        return _encode_packed(block / decode_ue8m0(scale)), scale
-
-    return _quantize(encode, x, blocks, torch.uint8, torch.uint8)
+    return _quantize_mx(x, E2M1_MAX, _encode_packed, torch.uint8)
 
 
 @torch.no_grad()
@@ -409,14 +402,7 @@ def quantize_mxfp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ------
     DtypeError, ShapeError
     """
-    blocks = _blocks("x", x, MX_BLOCK)
-
-    def encode(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        block = blocks[part].float()
-        scale = ue8m0_ceil(_divide(_amax(block), E4M3_MAX))
-        return encode_e4m3(block / decode_ue8m0(scale)), scale
-
-    return _quantize(encode, x, blocks, torch.float8_e4m3fn, torch.uint8)
+    return _quantize_mx(x, E4M3_MAX, encode_e4m3, torch.float8_e4m3fn)
 
 
 @torch.no_grad()
@@ -467,6 +453,20 @@ def _quantize(
         values[part], scale[part] = encode(part)
     *rows, columns = x.shape
     return values.view(*rows, columns // block_size * width), scale.view(*rows, columns // block_size)
+
+
+def _quantize_mx(
+    x: torch.Tensor, maximum: float, encode_elements: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of 32 under 2^ceil(log2(amax / maximum)), ``maximum`` the largest value of the element format."""
+    blocks = _blocks("x", x, MX_BLOCK)
+
+    def encode(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        block = blocks[part].float()
+        scale = ue8m0_ceil(_divide(_amax(block), maximum))
+        return encode_elements(block / decode_ue8m0(scale)), scale
+
+    return _quantize(encode, x, blocks, dtype, torch.uint8)
 
 
 def _dequantize(

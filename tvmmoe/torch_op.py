@@ -32,10 +32,8 @@ def num_padded_tokens(problem: Problem, tile_m: int) -> int:
 def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
     sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
-    if entry.target.startswith("sm"):
-        return sm90a_workspace_bytes(*sizes, problem.local_num_experts, entry.tile_m)
-    num_tiles = max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, entry.tile_m)
-    return cpu_slices(*sizes, num_tiles, entry.tile_m)[1]
+    sizes = (*sizes, problem.local_num_experts, entry.tile_m)
+    return sm90a_workspace_bytes(*sizes) if entry.target.startswith("sm") else cpu_slices(*sizes)[1]
 
 
 @functools.cache
@@ -47,6 +45,7 @@ def _function(entry: Entry) -> tuple[Callable[..., None], Callable[[int], None] 
 
 @functools.lru_cache(maxsize=4096)
 def selected_entry(problem: Problem) -> Entry:
+    """The manifest entry that serves ``problem`` on its device."""
     entry = select(loader.manifest(), targets_of(problem.device), problem)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)

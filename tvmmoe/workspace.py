@@ -28,12 +28,15 @@ def cpu_slices(
     top_k: Any,
     hidden_size: Any,
     intermediate_size: Any,
-    num_tiles: Any,
+    local_num_experts: Any,
     tile_m: int,
+    minimum: Callable = min,
     maximum: Callable = max,
 ) -> tuple[dict[str, Slice], Any]:
-    """Slices of the CPU operator's workspace and its total size in bytes; ``num_tiles`` from :func:`max_num_tiles`."""
-    pairs, rows = num_tokens * top_k, num_tiles * tile_m
+    """Slices of the CPU operator's workspace and its total size in bytes."""
+    pairs = num_tokens * top_k
+    num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
+    rows = num_tiles * tile_m
     sizes = {
         "topk_ids": pairs * 4,
         "expert_weights": pairs * 2,

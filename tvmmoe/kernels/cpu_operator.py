@@ -52,9 +52,8 @@ class _Arguments:
         self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
         self.tile_m = tile_m
         self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
-        slices, _ = cpu_slices(
-            self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size, self.max_tiles, tile_m, T.max
-        )
+        sizes = (self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size, self.local_num_experts)
+        slices, _ = cpu_slices(*sizes, tile_m, T.min, T.max)
         base = T.call_pure_extern("int64", "tvmmoe_address", workspace.data)  # TensorIR has no pointer-to-int cast
         self.ws = {name: base + piece.offset for name, piece in slices.items()}
         self.hb, self.ib = self.hidden_size // 32, self.intermediate_size // 32

@@ -10,14 +10,13 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm.backend.cuda import export_cuda_host
 
-from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.kernels.sm90a.operator import MIN_ROWS_PER_EXPERT, TILES, Variant, operator
+from tvmmoe.config import WeightFormat
+from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
 
 _DRIVER_LOOKUP = r"""
 #include <cstdint>
@@ -54,6 +53,11 @@ def variants(weight_format: WeightFormat) -> list[Variant]:
     return [Variant(weight_format, tile_m, *choices) for tile_m, choices in TILES.items()]
 
 
+def file_name(weight_format: WeightFormat) -> str:
+    """Artifact of one weight format."""
+    return f"moe_{weight_format.name}_sm90a.so"
+
+
 def cuda_source(functions: Sequence[Variant]) -> str:
     """CUDA C++ of the operators, host code included."""
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
@@ -87,32 +91,8 @@ def report(log: str) -> list[str]:
     return [line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill|C75\d\d", line)]
 
 
-def manifest_rows(weight_format: WeightFormat, file: str) -> list[dict[str, Any]]:
-    """Selection rows of a weight format: ranges of mean rows per expert touch and end in a catch-all."""
-    chosen = variants(weight_format)
-    quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
-    limits = [MIN_ROWS_PER_EXPERT[variant.tile_m] for variant in chosen] + [None]
-    return [
-        {
-            "target": "sm90a",
-            "weight_format": weight_format.name,
-            "activation_formats": [ActivationFormat.bf16.name, quantized.name],
-            "tile_m": variant.tile_m,
-            "min_rows_per_expert": limits[i],
-            "max_rows_per_expert": limits[i + 1],
-            "symbol": variant.symbol,
-            "file": file,
-        }
-        for i, variant in enumerate(chosen)
-    ]
-
-
-def build_sm90a(out_dir: Path) -> list[dict[str, Any]]:
-    """Build one artifact a weight format into ``out_dir``; returns the manifest's entries (loader.Entry)."""
-    entries = []
+def build_sm90a(out_dir: Path) -> None:
+    """Build one artifact a weight format into ``out_dir``."""
     for weight_format in WeightFormat:
-        file = f"moe_{weight_format.name}_sm90a.so"
-        problems = report(compile_so(cuda_source(variants(weight_format)), Path(out_dir) / file))
+        problems = report(compile_so(cuda_source(variants(weight_format)), Path(out_dir) / file_name(weight_format)))
         assert not any("C75" in line for line in problems), problems
-        entries += manifest_rows(weight_format, file)
-    return entries
