@@ -42,6 +42,7 @@ from tvmmoe.kernels.sm90a.trace import (
     ptx,
     regs,
     scalar,
+    shuffle,
     store,
     store_vec4,
     tensor_map,
@@ -107,6 +108,11 @@ class GemmConfig:
     def scale_pitch(self) -> int:
         """Bytes between rows in shared memory, a power of two."""
         return 8 if self.weight_format == WeightFormat.mxfp4 else 16
+
+    @property
+    def words_per_group(self) -> int:
+        """Words of weights a fragment row that one wgmma group multiplies."""
+        return int(__import__('os').environ.get('WPG', 2 if self.tile_m * self.mi <= 16 else 1))
 
     @property
     def label(self) -> str:
@@ -181,12 +187,13 @@ class GroupedGemm:
         self.outs = smem.alloc(self.out_bytes, "uint8", 128)
         self.partial = smem.alloc(max(self.partial_total, 1), "float32", 128)
         self.ss = smem.alloc(s * self.s_stage, "uint8", 128)
-        self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s, "uint64", 8)
+        self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s + 1, "uint64", 8)
         smem.commit()
         with if_(self.thread.tid == 0):
             for i in range(s):
                 ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + SCALE_LANES))
                 ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), u32(4 * self.c.warpgroups))
+            ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), u32(4 * self.c.warpgroups))
             ptx.fence.mbarrier_init.release.cluster()
             ptx.fence.proxy.async_.shared__cta()
         cuda.cta_sync()
@@ -280,7 +287,7 @@ class GroupedGemm:
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
         self.acc = [regs(self.acc_count, "float32") for _ in range(c.mi)]
-        self.fragments = [[regs(8, "uint32") for _ in range(c.mi)] for _ in range(2)]
+        self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(2)]
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
         self.k_sub, self.row_group = let(self.warpgroup % c.ks), let(self.warpgroup // c.ks)
@@ -290,11 +297,13 @@ class GroupedGemm:
         # row's number modulo 4 matters; rows clamped into the tensor may read other bytes, their results are dropped.
         self.skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
         self.turn = scalar("int32", T.int32(0))
+        self.previous = scalar("int32", T.int32(self.stages))
         with while_(self.item < self.num_items):
             tile = self._tile()
             state = self.p.begin_tile(self, tile) if self.is_state_early else None
             self._multiply(tile, c.widths)
             self._release_previous()
+            assign(self.previous, T.int32(self.stages))
             self._epilogue(tile, state)
             assign(self.item, self.item + NUM_CTAS)
 
@@ -302,9 +311,12 @@ class GroupedGemm:
         """Main loop at the smallest of ``widths`` that holds the tile's rows."""
 
         def main_loop():
-            with for_(self.k_steps) as step:
+            for acc in self.acc:
+                for i in range(widths[0] // 2):
+                    store(acc, T.float32(0), i)
+            with for_(self.k_steps):
                 cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-                self._multiply_stage(widths[0], step)
+                self._multiply_stage(widths[0])
                 self._advance()
             ptx.wgmma.wait_group.sync.aligned(0)
 
@@ -330,12 +342,13 @@ class GroupedGemm:
             raw.append(load("uint8" if is_mx else "uint16", self.ss.ptr_to([offset]), "shared"))
         return raw
 
-    def _multiply_stage(self, width: int, step) -> None:
+    def _multiply_stage(self, width: int) -> None:
         """One K block: 8 MMA steps; a word of weights feeds two, decoded while the previous pair multiplies."""
         c = self.c
         low = let(
             self.descriptor_base + cast(self.stage * (self.x_stage // 16) + self.k_sub * (self.x_block // 16), "uint32")
         )
+        low = let(shuffle(low, T.int32(0)))  # ptxas then keeps descriptors in uniform registers: 4 -> 3 instructions an MMA
         raw = self._load_scales()
         for mi in range(c.mi):
             for r in range(2):
@@ -344,37 +357,41 @@ class GroupedGemm:
                 load_vec4(pointer, "shared", into=self.words[mi][r])
         is_mx = c.weight_format == WeightFormat.mxfp4
         multipliers = isa.Ue8m0Multipliers(raw) if is_mx else isa.E4m3Multipliers(raw)
-        for word in range(4):
-            fragments = self.fragments[word % 2]
+        per_group = c.words_per_group
+        for word in range(0, 4, per_group):
+            fragments = self.fragments[word // per_group % 2]
             self._decode(word, fragments, multipliers)
             ptx.wgmma.fence.sync.aligned()
-            for half in range(2):
-                j = word * 2 + half
+            for step in range(2 * per_group):
+                j = word * 2 + step
                 offset = (j // 4) * (self.x_block // 2) + (j % 4) * 32
                 descriptor = isa.shared_descriptor(low + u32(offset >> 4))
                 for mi in range(c.mi):
-                    registers = [fragments[mi][half * 4 + i] for i in range(4)]
-                    isa.wgmma(width, self.acc[mi], registers, descriptor, (step > 0) if j == 0 else True)
+                    isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], descriptor, True)
             ptx.wgmma.commit_group.sync.aligned()
             ptx.wgmma.wait_group.sync.aligned(1)
             if word == 0:  # everything issued for the previous stage has retired
-                with if_(step > 0):
-                    self._release_previous()
+                self._release_previous()
+        assign(self.previous, self.stage)
 
     def _decode(self, word: int, fragments, multipliers) -> None:
         pairs = [(mi, r) for mi in range(self.c.mi) for r in range(2)]
+        words = range(self.c.words_per_group)
         for mi, r in pairs:
-            isa.decode_word(self.words[mi][r][word], multipliers.first(2 * mi + r, word), fragments[mi], r)
+            for i in words:
+                factor = multipliers.first(2 * mi + r, word + i)
+                isa.decode_word(self.words[mi][r][word + i], factor, fragments[mi], 8 * i + r)
         if multipliers.is_large is not None:
             with if_(multipliers.is_large):
                 for mi, r in pairs:
-                    isa.scale_again(fragments[mi], multipliers.second(2 * mi + r), r)
+                    for i in words:
+                        isa.decode_word(self.words[mi][r][word + i], u32(isa.TWO_POW_126), fragments[mi], 8 * i + r)
+                        isa.scale_again(fragments[mi], multipliers.second(2 * mi + r), 8 * i + r)
 
     def _release_previous(self) -> None:
-        """This warp is done with the previous stage."""
-        previous = T.Select(self.stage == 0, T.int32(self.stages - 1), self.stage - 1)
+        """This warp is done with the previous stage; before the first one that is a barrier nobody waits for."""
         with if_(self.thread.lane == 0):
-            ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([previous]), u32(1))
+            ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([self.previous]), u32(1))
 
     # ----------------------------------------------------------------------------------------------------- epilogue
 

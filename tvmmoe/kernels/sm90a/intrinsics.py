@@ -5,7 +5,8 @@ Decode. A bf16 whose bits 8:6 are an e2m1's ``eem`` and bit 15 its sign is e2m1 
 subnormal and multiplies as one). One mul.bf16x2 by 2^126 * scale then gives e2m1 * scale for two nibbles, exactly:
 
     mxfp4  2^126 * 2^(b-127) = 2^(b-1) is finite for b <= 128. Larger bytes take two multiplications, 2^126 and
-           2^(b-127), in a branch that a warp enters only if it holds such a byte; so every b from 0 to 254 is right.
+           2^(b-127), in a branch that a warp enters only if it holds such a byte and decodes again; so every b from 0
+           to 254 is right.
     nvfp4  2^126 * e4m3 overflows from 4 on, so the multiplier is 2^(126 - NVFP4_SHIFT) * e4m3 (448 * 2^118 is finite)
            and the accumulators carry 2^-NVFP4_SHIFT, which the epilogue undoes.
 """
@@ -18,7 +19,7 @@ NVFP4_SHIFT = 8
 SQRT_HALF = 0.707106769084930419921875  # as float32
 EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights, which one pass reads once
 TMA = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
-_TWO_POW_126 = 0x7E807E80  # bf16 pair
+TWO_POW_126 = 0x7E807E80  # bf16 pair
 _MAX_FAST_UE8M0 = 128
 
 
@@ -76,8 +77,7 @@ class Ue8m0Multipliers:
             assign(largest, T.max(largest, byte))
         self.is_large = let(T.cuda.any_sync(u32(0xFFFFFFFF), largest > u32(_MAX_FAST_UE8M0)), "int32") != 0
         self._bytes = scale_bytes
-        fast = [byte * u32(0x00800080) + u32((126 << 7) * 0x10001) for byte in scale_bytes]
-        self._first = [let(T.Select(self.is_large, u32(_TWO_POW_126), value)) for value in fast]
+        self._first = [let(byte * u32(0x00800080) + u32((126 << 7) * 0x10001)) for byte in scale_bytes]
 
     def first(self, row: int, word: int):
         return self._first[row]
