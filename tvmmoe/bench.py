@@ -388,6 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.shape:
         try:
             kwargs = make_case(shape_case(name, max(options.tokens), *options.mode, device=options.device))
+            if kwargs["routing_bias"] is not None:
+                kwargs["routing_bias"] *= 0.01  # a trained bias balances the experts; a random one would starve some
             for num_tokens in options.tokens:
                 case = shape_case(name, num_tokens, *options.mode, device=options.device)
                 rows.append(measure(machine, name, case, kwargs, options))

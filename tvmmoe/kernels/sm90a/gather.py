@@ -99,46 +99,63 @@ def _decode(form: ActivationFormat, a, token, column):
     return words
 
 
+class Chunk:
+    """Eight columns of a token: thread l of 16 reads chunk 4q + m of its 128-block and writes chunk 4m + q = l."""
+
+    def __init__(self, a, form: ActivationFormat, token, segment, thread, columns: int):
+        l16 = thread.tid % 16
+        base = let(segment * columns + thread.tid // 16 * 128)
+        self.a, self.form, self.token, self.thread = a, form, token, thread
+        self.column = let(cast(base + (l16 % 4) * 32 + (l16 // 4) * 8, "int64"))
+        self.position = let(cast(base + l16 * 8, "int64"))
+        self.words = regs(4, "uint32")
+        for i in range(4):
+            store(self.words, u32(0), i)
+
+    def load(self) -> None:
+        """Fetch and decode; columns past the row stay zero."""
+        with if_(self.column < self.a.hidden_size):
+            decoded = _decode(self.form, self.a, self.token, self.column)
+            for i in range(4):
+                store(self.words, decoded[i], i)
+
+    def write(self, row_of_slot) -> None:
+        """Store the chunk, in K order, to every row of the token, and the rows' scale once."""
+        a, width = self.a, padded(self.a.hidden_size)
+        to_pairs(self.words)
+        exchange_quad(self.words, self.thread.lane)
+        with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
+            rows = []
+            for i in range(SLOTS_AT_ONCE):
+                k = let(group * SLOTS_AT_ONCE + i)
+                row = scalar("int32", T.int32(-1))
+                with if_(k < cast(a.top_k, "int32")):
+                    assign(row, row_of_slot(k))
+                rows.append(row)
+            for row in rows:
+                with if_(row >= 0):
+                    with if_(self.position < width):
+                        offset = cast(row, "int64") * width + self.position
+                        store_vec4(address(a.ws["x"], offset * 2), self.words)
+                    with if_(T.And(a.per_token_scale != 0, self.position == 0)):
+                        scale = load("float32", address(a.per_token_scale, cast(self.token, "int64") * 4))
+                        store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), scale)
+
+
 def gather(a, form: ActivationFormat) -> None:
     """Emit the kernel for one activation format."""
-    width = padded(a.hidden_size)
-    segments = (width + COLUMNS - 1) // COLUMNS
+    segments = segments_of(a, COLUMNS)
     with kernel(cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         token = let(thread.cta // cast(segments, "int32"))
-        # Thread l of 16 reads chunk 4q + m of its 128-block and writes chunk 4m + q = l.
-        l16 = thread.tid % 16
-        base = let(thread.cta % cast(segments, "int32") * COLUMNS + thread.tid // 16 * 128)
-        column = let(cast(base + (l16 % 4) * 32 + (l16 // 4) * 8, "int64"))
-        position = let(cast(base + l16 * 8, "int64"))
-        words = regs(4, "uint32")
-        for i in range(4):
-            store(words, u32(0), i)
+        chunk = Chunk(a, form, token, thread.cta % cast(segments, "int32"), thread, COLUMNS)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        with if_(column < a.hidden_size):
-            decoded = _decode(form, a, token, column)
-            for i in range(4):
-                store(words, decoded[i], i)
-        to_pairs(words)
-        exchange_quad(words, thread.lane)
-        _write_rows(a, thread, token, position, words, width)
+        chunk.load()
+        first = let(cast(token, "int64") * a.top_k)
+        rows = a.result("expanded_idx_to_permuted_idx")
+        chunk.write(lambda k: load("int32", address(rows, (first + cast(k, "int64")) * 4)))
 
 
-def _write_rows(a, thread, token, position, words, width) -> None:
-    """Store one 16-byte chunk to every row of the token, and the rows' scale once."""
-    first = let(cast(token, "int64") * a.top_k)
-    with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
-        rows = []
-        for i in range(SLOTS_AT_ONCE):
-            k = let(cast(group * SLOTS_AT_ONCE + i, "int64"))
-            row = scalar("int32", T.int32(-1))
-            with if_(k < a.top_k):
-                assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), (first + k) * 4)))
-            rows.append(row)
-        for row in rows:
-            with if_(row >= 0):
-                with if_(position < width):
-                    store_vec4(address(a.ws["x"], (cast(row, "int64") * width + position) * 2), words)
-                with if_(T.And(a.per_token_scale != 0, position == 0)):
-                    scale = load("float32", address(a.per_token_scale, cast(token, "int64") * 4))
-                    store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), scale)
+def segments_of(a, columns: int):
+    """CTAs that share a row (host expression)."""
+    return (padded(a.hidden_size) + columns - 1) // columns

@@ -55,6 +55,7 @@ SMEM_BYTES = 227 * 1024
 MAX_STAGES = 16
 BARRIER_BYTES = 512
 SCALE_LANES = 96  # three warps copy scales
+PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class GemmConfig:
     mi: int  # 64-row fragments a warpgroup
     ks: int  # warpgroups that share rows and split K
     warpgroups: int = 2  # consumers
+
+    @property
+    def k_blocks(self) -> int:
+        """K blocks of a pipeline stage: one a warpgroup that splits K; two where shared memory still holds 4 stages."""
+        return 4 if self.ks == 2 and self.tile_m <= 16 else self.ks
 
     @property
     def row_groups(self) -> int:
@@ -100,19 +106,24 @@ class GemmConfig:
         return K_BLOCK // self.weight_format.block_size
 
     @property
-    def scale_words(self) -> int:
-        """Aligned 4-byte words that cover them wherever they start."""
-        return self.scale_bytes // 4 + 1
+    def stage_scale_bytes(self) -> int:
+        """Scale bytes of a row in one stage."""
+        return self.k_blocks * self.scale_bytes
 
     @property
-    def scale_pitch(self) -> int:
-        """Bytes between rows in shared memory, a power of two."""
-        return 8 if self.weight_format == WeightFormat.mxfp4 else 16
+    def is_streamed(self) -> bool:
+        """Whether weights are the first to leave L2. Beside many tokens they would leave before their line is used up."""
+        return self.tile_m <= 32
+
+    @property
+    def l2_promotion(self) -> int:
+        """CU_TENSOR_MAP_L2_PROMOTION_256B for streamed weights, else 128B."""
+        return 3 if self.is_streamed else 2
 
     @property
     def words_per_group(self) -> int:
         """Words of weights a fragment row that one wgmma group multiplies."""
-        return int(__import__('os').environ.get('WPG', 2 if self.tile_m * self.mi <= 16 else 1))
+        return 2 if self.tile_m * self.mi <= 16 else 1
 
     @property
     def label(self) -> str:
@@ -135,8 +146,9 @@ class GroupedGemm:
         self.a, self.c, self.p = a, config, problem
         c = config
         self.x_block, self.w_block = c.tile_m * K_BLOCK * 2, c.rows * K_BLOCK // 2
-        self.s_block = c.rows * c.scale_pitch
-        self.x_stage, self.w_stage, self.s_stage = (c.ks * n for n in (self.x_block, self.w_block, self.s_block))
+        self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
+        self.s_stage = c.rows * (c.stage_scale_bytes + 4)
+        self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
         self.chunk_m = min(c.tile_m, 32)  # tokens that pass through shared memory at a time
         self.out_columns = c.mi * 32 * problem.matrices  # of a warpgroup
         self.pitch = self.out_columns * 2 + 16
@@ -160,13 +172,19 @@ class GroupedGemm:
         with kernel(T.int32(NUM_CTAS), (c.warpgroups + 1) * 128) as thread:
             self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
             self._allocate()
-            ptx.griddepcontrol.wait()
-            ptx.griddepcontrol.launch_dependents()
+            if not p.knows_tiles:
+                ptx.griddepcontrol.wait()
             self.row_blocks = let(row_blocks)
-            self.k_steps = let(cast((p.k + K_BLOCK * c.ks - 1) // (K_BLOCK * c.ks), "int32"))
+            k_stage = K_BLOCK * c.k_blocks
+            self.k_steps = let(cast((p.k + k_stage - 1) // k_stage, "int32"))
             self.scale_row_bytes = let(cast(p.k // c.weight_format.block_size, "int32"))
-            self.is_aligned = let(cast(p.k % K_BLOCK == 0, "int32")) != 0
-            self.num_items = let(load("int32", address(a.ws["num_tiles"])) * self.row_blocks)
+            # Scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words.
+            self.piece = min(16, c.stage_scale_bytes)
+            misaligned = (p.k // c.weight_format.block_size | p.scales) & T.int64(self.piece - 1)
+            self.is_aligned = let(cast(misaligned == 0, "int32")) != 0
+            pitches = T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)
+            self.pitch_of_scales = let(T.Select(self.is_aligned, *pitches))
+            self.num_items = let(load("int32", address(a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
             self.item = scalar("int32", thread.cta)
             self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
             producer = 4 * c.warpgroups  # first warp of the producers' warpgroup
@@ -178,6 +196,9 @@ class GroupedGemm:
                     self._produce_scales(let(thread.tid - (producer + 1) * 32))
             with if_(thread.warp < producer):
                 ptx["setmaxnreg.inc.sync.aligned.u32"](c.registers[1])
+                if p.knows_tiles:
+                    ptx.griddepcontrol.wait()
+                ptx.griddepcontrol.launch_dependents()
                 self._consume()
 
     def _allocate(self) -> None:
@@ -190,10 +211,11 @@ class GroupedGemm:
         self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s + 1, "uint64", 8)
         smem.commit()
         with if_(self.thread.tid == 0):
+            releases = u32(4 * self.c.warpgroups)
             for i in range(s):
                 ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + SCALE_LANES))
-                ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), u32(4 * self.c.warpgroups))
-            ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), u32(4 * self.c.warpgroups))
+                ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), releases)
+            ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), releases)
             ptx.fence.mbarrier_init.release.cluster()
             ptx.fence.proxy.async_.shared__cta()
         cuda.cta_sync()
@@ -204,81 +226,107 @@ class GroupedGemm:
             assign(self.stage, T.int32(0))
             assign(self.phase, self.phase ^ u32(1))
 
-    def _tile(self) -> Tile:
+    def _tile(self, space: str = "global") -> Tile:
         token_tile = let(self.item // self.row_blocks)
         row_block = let(self.item % self.row_blocks)
         offset = let(cast(token_tile, "int64") * 4)
-        expert = load("int32", address(self.a.ws["tile_expert"], offset))
-        return Tile(token_tile, row_block, expert, load("int32", address(self.a.ws["tile_rows"], offset)))
+        names = ("tile_expert", "tile_rows")
+        expert, num_rows = (load("int32", address(self.a.ws[name], offset), space) for name in names)
+        return Tile(token_tile, row_block, expert, num_rows)
 
     # ---------------------------------------------------------------------------------------------------- producers
 
     def _produce_operands(self) -> None:
-        c, full = self.c, self.full
+        c = self.c
         weights, tokens = T.address_of(self.weight_map), T.address_of(self.token_map)
         with if_(cuda.elect_sync() != u32(0)):
             ptx.prefetch.tensormap(weights)
             ptx.prefetch.tensormap(tokens)
+            early = scalar("int32", T.int32(0))  # stages whose weights are on their way
+            if self.p.knows_tiles:
+                with if_(self.item < self.num_items):
+                    tile = self._tile(PAST_L1)
+                    coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
+                    assign(early, T.min(self.k_steps, T.int32(self.stages)))
+                    with for_(early) as step:
+                        self._load_weights(step, step, coordinates, x_bytes)
+                ptx.griddepcontrol.wait()
             with while_(self.item < self.num_items):
                 tile = self._tile()
-                coordinates = self.p.weight_coordinates(c, tile)
-                boxes = scalar("int32", T.int32(c.widths[-1] // c.token_box))
-                for width in reversed(c.widths[:-1]):
-                    with if_(tile.num_rows <= width):
-                        assign(boxes, T.int32(width // c.token_box))
-                x_bytes = let(boxes * (2 * c.ks * c.token_box * 128))
+                coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
                 with for_(self.k_steps) as step:
-                    cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                    bar = full.ptr_to([self.stage])
-                    ptx.mbarrier.arrive.expect_tx.shared.b64(bar, cast(x_bytes + self.w_stage, "uint32"))
-                    for ks in range(c.ks):
-                        destination = self.ws.ptr_to([self.stage * self.w_stage + ks * self.w_block])
-                        k_byte = (step * c.ks + ks) * (K_BLOCK // 2)
-                        isa.tma_load(len(coordinates) + 1, destination, weights, [k_byte, *coordinates], bar, True)
-                    with for_(boxes) as box:
-                        for half in range(2 * c.ks):
+
+                    def wait_and_load(step=step):
+                        cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+                        self._load_weights(self.stage, step, coordinates, x_bytes)
+
+                    if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
+                    with for_(x_bytes // (2 * c.k_blocks * c.token_box * 128)) as box:
+                        for half in range(2 * c.k_blocks):
                             offset = self.stage * self.x_stage + half * (self.x_block // 2) + box * (c.token_box * 128)
-                            k, row = step * (K_BLOCK * c.ks) + half * 64, tile.token_tile * c.tile_m + box * c.token_box
-                            isa.tma_load(2, self.xs.ptr_to([offset]), tokens, [k, row], bar)
+                            k = step * (K_BLOCK * c.k_blocks) + half * 64
+                            row = tile.token_tile * c.tile_m + box * c.token_box
+                            isa.tma_load(2, self.xs.ptr_to([offset]), tokens, [k, row], self.full.ptr_to([self.stage]))
                     self._advance()
                 assign(self.item, self.item + NUM_CTAS)
 
+    def _token_bytes(self, tile: Tile):
+        """Bytes of token columns that a stage of this tile loads."""
+        c = self.c
+        width = scalar("int32", T.int32(c.widths[-1]))
+        for smaller in reversed(c.widths[:-1]):
+            with if_(tile.num_rows <= smaller):
+                assign(width, T.int32(smaller))
+        return let(width * (2 * K_BLOCK * c.k_blocks))
+
+    def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
+        c, bar = self.c, self.full.ptr_to([stage])
+        ptx.mbarrier.arrive.expect_tx.shared.b64(bar, cast(x_bytes + self.w_stage, "uint32"))
+        for block in range(c.k_blocks):
+            destination = self.ws.ptr_to([stage * self.w_stage + block * self.w_block])
+            place = [(step * c.k_blocks + block) * (K_BLOCK // 2), *coordinates]
+            isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, c.is_streamed)
+
     def _produce_scales(self, lane) -> None:
         c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
+        if self.p.knows_tiles:
+            ptx.griddepcontrol.wait()
         rows = [let(lane + SCALE_LANES * i) for i in range(-(-c.rows // SCALE_LANES))]
         with while_(self.item < self.num_items):
             tile = self._tile()
             expert = let(self.p.scales + cast(tile.expert, "int64") * (self.p.rows_per_expert * row_bytes))
             offsets = [let(self.p.row(c, tile, row) * self.scale_row_bytes) for row in rows]
+            slots = [let(row * self.pitch_of_scales) for row in rows]
             with for_(self.k_steps) as step:
                 cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                for ks in range(c.ks):
-                    k_byte = let((step * c.ks + ks) * c.scale_bytes)
-                    left = let(self.scale_row_bytes - k_byte)
-                    for row, offset in zip(rows, offsets, strict=True):
-                        slot = self.ss.ptr_to([self.stage * self.s_stage + ks * self.s_block + row * c.scale_pitch])
-                        with if_(row < c.rows):
-                            self._copy_scales(slot, expert + cast(offset + k_byte, "int64"), left)
+                k_byte = let(step * c.stage_scale_bytes)
+                left = let(self.scale_row_bytes - k_byte)
+                for row, slot, offset in zip(rows, slots, offsets, strict=True):
+                    with if_(row < c.rows):
+                        destination = self.ss.ptr_to([self.stage * self.s_stage + slot])
+                        self._copy_scales(destination, expert + cast(offset + k_byte, "int64"), left)
                 ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
                 self._advance()
             assign(self.item, self.item + NUM_CTAS)
 
     def _copy_scales(self, slot, source, left) -> None:
-        """One row's scales of a K block, ``left`` bytes of them before the row ends; zeros after it."""
+        """One row's scales of a stage, ``left`` bytes of them before the row ends; zeros after it."""
 
-        def in_one_piece():
-            size = T.Select(left > 0, T.int32(self.c.scale_bytes), T.int32(0))
-            isa.copy_async(slot, address(source), self.c.scale_bytes, let(size))
+        def in_pieces():
+            for offset in range(0, self.c.stage_scale_bytes, self.piece):
+                size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
+                isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
 
-        def aligned_words():  # around bytes that start anywhere; consumers add the skew
+        def in_words():  # around bytes that start anywhere; consumers add the skew
             start = let(source)
             skew = let(cast(start & T.int64(3), "int32"))
-            for word in range(self.c.scale_words):
-                size = T.max(T.min(left + skew - 4 * word, T.int32(4)), T.int32(0))
-                offset = cast(T.int32(4 * word) - skew, "int64")
-                isa.copy_async(T.ptr_byte_offset(slot, 4 * word, "uint8"), address(start, offset), 4, let(size))
+            aligned = let(start - cast(skew, "int64"))
+            end = let(left + skew)
+            for word in range(0, self.c.stage_scale_bytes + 4, 4):
+                size = let(T.max(T.min(end - word, T.int32(4)), T.int32(0)))
+                isa.copy_async(T.ptr_byte_offset(slot, word, "uint8"), address(aligned, word), 4, size)
 
-        if_else(self.is_aligned, in_one_piece, aligned_words)
+        if_else(self.is_aligned, in_pieces, in_words)
 
     # ---------------------------------------------------------------------------------------------------- consumers
 
@@ -295,7 +343,13 @@ class GroupedGemm:
         self.rows = [[let(self.p.fragment_row(self, mi, r)) for r in range(2)] for mi in range(c.mi)]
         # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 4 rows, so only the
         # row's number modulo 4 matters; rows clamped into the tensor may read other bytes, their results are dropped.
-        self.skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
+        skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
+        per_warpgroup = self.per_warpgroup * c.scale_bytes
+        # Offset in a stage of each row's first scale of this thread
+        self.scale_offsets = [
+            let(row * self.pitch_of_scales + skew + self.k_sub * per_warpgroup + self.quad * (c.scale_bytes // 4))
+            for pair in self.rows for row, skew in zip(pair, skews, strict=True)
+        ]
         self.turn = scalar("int32", T.int32(0))
         self.previous = scalar("int32", T.int32(self.stages))
         with while_(self.item < self.num_items):
@@ -333,28 +387,29 @@ class GroupedGemm:
         """Number of this warpgroup's 64-row fragment in the tile."""
         return self.row_group * self.c.mi + mi
 
-    def _load_scales(self):
-        c, is_mx = self.c, self.c.weight_format == WeightFormat.mxfp4
-        base = self.stage * self.s_stage + self.k_sub * self.s_block
-        raw = []
-        for i, row in enumerate(row for pair in self.rows for row in pair):
-            offset = base + row * c.scale_pitch + self.skews[i % 2] + self.quad * (1 if is_mx else 2)
-            raw.append(load("uint8" if is_mx else "uint16", self.ss.ptr_to([offset]), "shared"))
-        return raw
+    def _load_scales(self, block: int):
+        dtype = "uint8" if self.c.weight_format == WeightFormat.mxfp4 else "uint16"
+        base = self.stage * self.s_stage + block * self.c.scale_bytes
+        return [load(dtype, self.ss.ptr_to([base + offset]), "shared") for offset in self.scale_offsets]
 
     def _multiply_stage(self, width: int) -> None:
+        """This warpgroup's K blocks of a stage."""
+        first = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
+        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers.
+        low = let(shuffle(let(self.descriptor_base + cast(first, "uint32")), T.int32(0)))
+        for block in range(self.per_warpgroup):
+            self._multiply_block(width, block, low + u32(block * (self.x_block // 16)))
+        assign(self.previous, self.stage)
+
+    def _multiply_block(self, width: int, block: int, low) -> None:
         """One K block: 8 MMA steps; a word of weights feeds two, decoded while the previous pair multiplies."""
         c = self.c
-        low = let(
-            self.descriptor_base + cast(self.stage * (self.x_stage // 16) + self.k_sub * (self.x_block // 16), "uint32")
-        )
-        low = let(shuffle(low, T.int32(0)))  # ptxas then keeps descriptors in uniform registers: 4 -> 3 instructions an MMA
-        raw = self._load_scales()
+        raw = self._load_scales(block)
+        base = self.stage * self.w_stage + self.k_sub * (self.per_warpgroup * self.w_block) + block * self.w_block
         for mi in range(c.mi):
             for r in range(2):
                 offset = self.rows[mi][r] * (K_BLOCK // 2) + self.quad * 16
-                pointer = self.ws.ptr_to([self.stage * self.w_stage + self.k_sub * self.w_block + offset])
-                load_vec4(pointer, "shared", into=self.words[mi][r])
+                load_vec4(self.ws.ptr_to([base + offset]), "shared", into=self.words[mi][r])
         is_mx = c.weight_format == WeightFormat.mxfp4
         multipliers = isa.Ue8m0Multipliers(raw) if is_mx else isa.E4m3Multipliers(raw)
         per_group = c.words_per_group
@@ -370,9 +425,8 @@ class GroupedGemm:
                     isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], descriptor, True)
             ptx.wgmma.commit_group.sync.aligned()
             ptx.wgmma.wait_group.sync.aligned(1)
-            if word == 0:  # everything issued for the previous stage has retired
+            if block == word == 0:  # everything issued for the previous stage has retired
                 self._release_previous()
-        assign(self.previous, self.stage)
 
     def _decode(self, word: int, fragments, multipliers) -> None:
         pairs = [(mi, r) for mi in range(self.c.mi) for r in range(2)]

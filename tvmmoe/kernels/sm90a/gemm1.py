@@ -24,6 +24,8 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let,
 class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
+    knows_tiles = False  # the kernel before this one writes the tile list
+
     def __init__(self, a, is_gated: bool):
         self.a, self.is_gated = a, is_gated
         self.halves = 2 if is_gated else 1
@@ -45,7 +47,7 @@ class Gemm1:
         dims = [row, T.int64(8), size // 32, T.int64(4), self.a.local_num_experts * self.halves]
         strides = [4 * row, 32 * row, row, size * row]
         box = [64, self.columns(c) // 16, 4, 4, self.halves]
-        return tensor_map(address(self.a.gemm1_weights), dims, strides, box, "uint8", 0, l2_promotion=3)
+        return tensor_map(address(self.a.gemm1_weights), dims, strides, box, "uint8", 0, c.l2_promotion)
 
     def _block(self, c: GemmConfig, tile: Tile):
         """(128-block of z, first m of the tile in it)."""

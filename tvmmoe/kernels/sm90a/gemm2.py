@@ -14,6 +14,7 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, sc
 class Gemm2:
     """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
 
+    knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
 
     def __init__(self, a):
@@ -30,7 +31,7 @@ class Gemm2:
         row = self.k // 2
         dims = [row, self.rows_per_expert, self.a.local_num_experts]
         strides = [row, row * self.rows_per_expert]
-        return tensor_map(address(self.a.gemm2_weights), dims, strides, [64, c.rows, 1], "uint8", 0, l2_promotion=3)
+        return tensor_map(address(self.a.gemm2_weights), dims, strides, [64, c.rows, 1], "uint8", 0, c.l2_promotion)
 
     def weight_coordinates(self, c: GemmConfig, tile: Tile):
         return [let(tile.row_block * c.rows), tile.expert]

@@ -2,6 +2,7 @@
 """The whole operator as one packed host function that launches its kernels on the current stream.
 
     route -> [count] -> scatter -> gather -> gemm1 -> [requantize] -> gemm2 -> [finalize]
+    prologue ------------------------^    for a few tokens
 
 The calling convention is ``tvmmoe.abi``. The host function encodes the tensor maps, picks kernels by host values
 (activation format, gated or not, one chunk of pairs or more) and launches: no allocation, no synchronisation, no read
@@ -18,7 +19,7 @@ from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe import abi
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.kernels.sm90a import permute
+from tvmmoe.kernels.sm90a import permute, prologue
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather import gather
 from tvmmoe.kernels.sm90a.gemm import GemmConfig
@@ -58,7 +59,7 @@ class Variant:
 # tile_m: (mi, ks, warpgroups), and the mean rows per expert from which the tile is the fastest: measured on an H100
 # 80GB HBM3 with cold weights (Qwen3-235B, gpt-oss-120b, T = 1 ... 8192). Up to 96 decoding is the limit and more warps
 # win.
-TILES = {8: (1, 4, 4), 16: (1, 2, 4), 32: (1, 2, 4), 64: (1, 1, 2), 96: (1, 1, 4), 256: (1, 1, 2)}
+TILES = {8: (1, 4, 4), 16: (1, 2, 4), 32: (1, 2, 4), 64: (1, 1, 4), 96: (1, 1, 4), 256: (1, 1, 2)}
 MIN_ROWS_PER_EXPERT = {8: 0, 16: 3.5, 32: 11, 64: 24, 96: 45, 256: 85}
 
 
@@ -101,14 +102,24 @@ def operator(variant: Variant) -> tvm.tirx.PrimFunc:
 
 
 def _launch_all(a: Arguments, variant: Variant) -> None:
-    route(a)
-    with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
-        permute.count(a)
-    permute.scatter(a, variant.tile_m)
     formats = _activation_formats(variant.weight_format)
-    for form in formats:
-        with if_(a.activation_format == int(form)):
-            gather(a, form)
+
+    def by_format(emit):
+        for form in formats:
+            with if_(a.activation_format == int(form)):
+                emit(form)
+
+    def three_kernels():
+        route(a)
+        with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
+            permute.count(a)
+        permute.scatter(a, variant.tile_m)
+        by_format(lambda form: gather(a, form))
+
+    if variant.tile_m == min(TILES):  # other tiles hardly meet so few tokens
+        if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), three_kernels)
+    else:
+        three_kernels()
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     if_else(
         is_gated,

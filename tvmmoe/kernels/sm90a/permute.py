@@ -6,10 +6,13 @@
     scatter   same grid; thread e sums the histograms before its chunk and all of them, a CTA-wide scan turns counts
               into the first tile of every expert, then thread i places pair i:
 
-        row = tile_m * first_tile[e] + pairs of e in earlier chunks + in earlier warps + in earlier lanes (match.any)
+        index = pairs of e in earlier chunks + in earlier warps + in earlier lanes (match.any)
+        row = tile_m * (first_tile[e] + index // share) + index % share
 
-Local experts ascend; inside an expert rows follow expanded_idx. The pair that lands on a tile's first row describes the
-tile.
+An expert's tiles share its rows evenly, to whole boxes of 32: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
+last tile would cost far more than its rows. Tiles up to 64 rows have one width and are filled.
+
+Local experts ascend; inside an expert rows follow expanded_idx. The pair on a tile's first row describes the tile.
 """
 
 from tvm.script import tirx as T
@@ -98,6 +101,14 @@ def _exclusive_scan(value, thread, sums):
     return let(before + inclusive - value), total
 
 
+def rows_per_tile(rows, tile_m: int):
+    """Rows of each of an expert's tiles but the last."""
+    if tile_m <= 64:
+        return T.int32(tile_m)
+    tiles = (rows + tile_m - 1) // tile_m
+    return ((rows + tiles - 1) // tiles + 31) // 32 * 32
+
+
 def scatter(a, tile_m: int) -> None:
     """Emit the placing kernel."""
     with kernel(num_chunks(a), PAIRS_PER_CTA) as thread:
@@ -121,19 +132,21 @@ def scatter(a, tile_m: int) -> None:
         tiles = let((total + tile_m - 1) // tile_m)
         first_tile, num_tiles = _exclusive_scan(tiles, thread, sums)
         I.buffer_store(first_row, first_tile * tile_m, [thread.tid])
-        I.buffer_store(chunk_first, first_tile * tile_m + before, [thread.tid])
+        I.buffer_store(chunk_first, before, [thread.tid])
         I.buffer_store(totals, total, [thread.tid])
         with if_(T.And(thread.cta == 0, thread.tid == 0)):
             store_to("int32", address(a.ws["num_tiles"]), num_tiles)
         cuda.cta_sync()
         row = scalar("int32", T.int32(-1))
         with if_(e >= 0):
-            assign(row, chunk_first[e] + cast(warp_counts[thread.warp * num_local + e], "int32") + rank)
-            with if_(row % tile_m == 0):
+            index = let(chunk_first[e] + cast(warp_counts[thread.warp * num_local + e], "int32") + rank)
+            rows = let(totals[e])
+            share = let(rows_per_tile(rows, tile_m))
+            assign(row, first_row[e] + index // share * tile_m + index % share)
+            with if_(index % share == 0):
                 tile = let(cast(row // tile_m, "int64"))
-                left = let(totals[e] - (row - first_row[e]))
                 store_to("int32", address(a.ws["tile_expert"], tile * 4), e)
-                store_to("int32", address(a.ws["tile_rows"], tile * 4), let(T.min(left, T.int32(tile_m))))
+                store_to("int32", address(a.ws["tile_rows"], tile * 4), let(T.min(rows - index, share)))
         with if_(pair < a.num_tokens * a.top_k):
             store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), pair * 4), row)
 

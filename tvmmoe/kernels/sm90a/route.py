@@ -26,17 +26,18 @@ from tvmmoe.kernels.sm90a.trace import (
     if_else,
     kernel,
     let,
-    load,
     ptx,
     scalar,
     shuffle,
     store_to,
+    u32,
     warp_max_s32,
     warp_min_s32,
 )  # fmt: skip
 
 WARPS = 4
 MAX_EXPERTS = 1024
+BATCH = 4  # loads of a lane that are under way at once
 CLOSED = -(2**31)  # key of an expert that may not be chosen; only a NaN of one pattern shares it
 NONE = 2**31 - 1
 LOWEST = -2139095041  # key of -inf
@@ -47,7 +48,7 @@ def _key_to_float(key):
     return bits(key ^ ((key >> 31) & T.int32(0x7FFFFFFF)), "float32")
 
 
-class _Token:
+class Token:
     """Code of one warp's token, stage by stage."""
 
     def __init__(self, a, token, lane, keys, group_keys):
@@ -64,29 +65,34 @@ class _Token:
             condition = T.Or(condition, self.method == int(method))
         return condition
 
+    def _raw(self, pointer, is_bf16, index):
+        """Bits of a bf16 or float32 element; :meth:`_value` converts them, so that many loads are under way at once."""
+        raw = scalar("uint32")
+        if_else(
+            is_bf16 != 0,
+            lambda: ptx["ld.global.u16"](raw, address(pointer, index * 2)),
+            lambda: ptx["ld.global.b32"](raw, address(pointer, index * 4)),
+        )
+        return raw
+
+    @staticmethod
+    def _value(raw, is_bf16):
+        return let(bits(T.Select(is_bf16 != 0, raw << u32(16), raw), "float32"))
+
+    def _raw_logit(self, e):
+        return self._raw(
+            self.a.routing_logits, self.a.logits_is_bf16,
+            let(cast(self.token, "int64") * self.a.num_experts + cast(e, "int64")),
+        )  # fmt: skip
+
     def logit(self, e):
         """Logit of expert ``e`` as float32."""
-        x, index = scalar("float32"), let(cast(self.token, "int64") * self.a.num_experts + cast(e, "int64"))
-        if_else(
-            self.a.logits_is_bf16 != 0,
-            lambda: assign(x, numerics.bf16_to_float32(load("uint16", address(self.a.routing_logits, index * 2)))),
-            lambda: assign(x, load("float32", address(self.a.routing_logits, index * 4))),
-        )
-        return x
+        return self._value(self._raw_logit(e), self.a.logits_is_bf16)
 
-    def _bias(self, e):
-        b, e64 = scalar("float32"), cast(e, "int64")
-
-        def from_float32():
-            assign(b, load("float32", address(self.a.routing_bias, e64 * 4)))
-            with if_(self.n_group > 1):  # the grouped path adds a bias rounded to bfloat16
-                assign(b, numerics.bf16_to_float32(let(numerics.float32_to_bf16(b))))
-
-        if_else(
-            self.a.bias_is_bf16 != 0,
-            lambda: assign(b, numerics.bf16_to_float32(load("uint16", address(self.a.routing_bias, e64 * 2)))),
-            from_float32,
-        )
+    def _bias(self, raw):
+        b = self._value(raw, self.a.bias_is_bf16)
+        with if_(self.n_group > 1):  # the grouped path adds a bias rounded to bfloat16
+            assign(b, numerics.bf16_to_float32(let(numerics.float32_to_bf16(b))))
         return b
 
     def for_own_experts(self):
@@ -94,17 +100,26 @@ class _Token:
         return _strided(self.num_experts, self.lane)
 
     def write_keys(self) -> None:
+        a = self.a
+        has_bias = let(cast(T.And(self.is_method(Method.DeepSeekV3, Method.MiniMax2), a.routing_bias != 0), "int32"))
         uses_sigmoid = self.is_method(Method.DeepSeekV3, Method.MiniMax2, Method.SigmoidRenorm, Method.Sigmoid)
-        with self.for_own_experts() as e:
-            x = self.logit(e)
-            score = let(x)
-            with if_(uses_sigmoid):
-                assign(score, numerics.sigmoid_exact(x))
-            with if_(T.And(self.is_method(Method.DeepSeekV3, Method.MiniMax2), self.a.routing_bias != 0)):
-                assign(score, score + self._bias(e))
-            with if_(T.And(self.is_method(Method.Llama4), x != x)):
-                assign(score, T.float32(float("-inf")))
-            self.keys.put(e, numerics.sortable_key(score))
+        with for_((self.num_experts + 32 * BATCH - 1) // (32 * BATCH)) as batch:
+            experts = [let(T.min((batch * BATCH + i) * 32 + self.lane, self.num_experts - 1)) for i in range(BATCH)]
+            logits = [self._raw_logit(e) for e in experts]
+            biases = [scalar("uint32", u32(0)) for _ in experts]
+            with if_(has_bias != 0):
+                for e, bias in zip(experts, biases, strict=True):
+                    assign(bias, self._raw(a.routing_bias, a.bias_is_bf16, cast(e, "int64")))
+            for e, raw, bias in zip(experts, logits, biases, strict=True):
+                x = self._value(raw, a.logits_is_bf16)
+                score = let(x)
+                with if_(uses_sigmoid):
+                    assign(score, numerics.sigmoid_exact(x))
+                with if_(has_bias != 0):
+                    assign(score, score + self._bias(bias))
+                with if_(T.And(self.is_method(Method.Llama4), x != x)):
+                    assign(score, T.float32(float("-inf")))
+                self.keys.put(e, numerics.sortable_key(score))  # past the end: the last expert's once more
         with if_(self.is_method(Method.Default)):
             self._softmax_keys()
 
@@ -126,11 +141,12 @@ class _Token:
         """This lane's best (key, id) among its entries; strict comparison keeps the lowest id."""
         assign(self.best_key, T.int32(CLOSED))
         assign(self.best_id, T.int32(NONE))
-        with _strided(count, self.lane) as e:
-            key = let(keys[e])
-            with if_(key > self.best_key):
-                assign(self.best_key, key)
-                assign(self.best_id, e)
+        with for_((count + 32 * BATCH - 1) // (32 * BATCH)) as batch:
+            entries = [let((batch * BATCH + i) * 32 + self.lane) for i in range(BATCH)]
+            for e, key in [(e, let(keys[T.min(e, count - 1)])) for e in entries]:
+                with if_(T.And(key > self.best_key, e < count)):
+                    assign(self.best_key, key)
+                    assign(self.best_id, e)
 
     def take_best(self, keys, count):
         """Id of the best entry of the warp, which becomes CLOSED."""
@@ -148,10 +164,12 @@ class _Token:
         with _strided(self.n_group, self.lane) as g:
             first = scalar("int32", T.int32(LOWEST))
             second = scalar("int32", first)
-            with for_(size) as i:
-                key = let(self.keys[g * size + i])
-                assign(second, T.max(second, T.min(first, key)))
-                assign(first, T.max(first, key))
+            with for_((size + BATCH - 1) // BATCH) as batch:
+                offsets = [let(batch * BATCH + i) for i in range(BATCH)]
+                for offset, key in [(i, let(self.keys[g * size + T.min(i, size - 1)])) for i in offsets]:
+                    with if_(offset < size):
+                        assign(second, T.max(second, T.min(first, key)))
+                        assign(first, T.max(first, key))
             total = let(_key_to_float(first) + _key_to_float(second))
             self.group_keys.put(g, numerics.sortable_key(total))
         self.find_best(self.group_keys, self.n_group)
@@ -174,7 +192,8 @@ class _Token:
                 assign(share, _key_to_float(key))
         return mine, share
 
-    def write_weights(self, expert, share) -> None:
+    def weight(self, expert, share):
+        """bfloat16 bits of this lane's slot."""
         a, x = self.a, self.logit(expert)
         is_slot = self.lane < self.top_k
         sigmoid = let(numerics.sigmoid_exact(x))
@@ -191,10 +210,23 @@ class _Token:
             assign(weight, cast(term / T.max(total, T.float64(1e-20)), "float32"))
         with if_(self.is_method(Method.DeepSeekV3, Method.MiniMax2)):
             assign(weight, cast(term * a.routed_scaling_factor / (total + T.float64(1e-20)), "float32"))
-        with if_(is_slot):
+        return let(numerics.float32_to_bf16(weight))
+
+    def route(self):
+        """(expert, bfloat16 bits of its weight) of slot ``lane``; lanes past top_k hold slot 0's expert."""
+        self.write_keys()
+        with if_(T.And(self.is_method(Method.DeepSeekV3), self.n_group > 1)):
+            self.close_groups()
+        expert, share = self.select()
+        return expert, self.weight(expert, share)
+
+    def write(self, expert, weight) -> None:
+        """The results of slot ``lane``."""
+        a = self.a
+        with if_(self.lane < self.top_k):
             slot = let(cast(self.token, "int64") * a.top_k + cast(self.lane, "int64"))
             store_to("int32", address(a.ws["topk_ids"], slot * 4), expert)
-            store_to("uint16", address(a.result("expert_weights"), slot * 2), let(numerics.float32_to_bf16(weight)))
+            store_to("uint16", address(a.result("expert_weights"), slot * 2), weight)
             with if_(a.routing_replay_out != 0):
                 store_to("int16", address(a.routing_replay_out, slot * 2), let(cast(expert, "int16")))
 
@@ -230,20 +262,27 @@ class _Offset:
         I.buffer_store(self._buffer, value, [self._base + index])
 
 
+class Router:
+    """Shared memory of ``warps`` warps that route a token each."""
+
+    def __init__(self, smem: Smem, warps: int):
+        self._keys = [smem.alloc(warps * MAX_EXPERTS, "int32", 128) for _ in range(2)]
+
+    def token(self, a, token, thread) -> Token:
+        """The calling warp's token."""
+        base = let(thread.warp * MAX_EXPERTS)
+        return Token(a, token, thread.lane, *(_Offset(buffer, base) for buffer in self._keys))
+
+
 def route(a) -> None:
     """Emit the kernel."""
     with kernel(cast((a.num_tokens + WARPS - 1) // WARPS, "int32"), WARPS * 32) as thread:
         smem = Smem()
-        keys = [smem.alloc(WARPS * MAX_EXPERTS, "int32", 128) for _ in range(2)]
+        router = Router(smem, WARPS)
         smem.commit()
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         token = let(thread.cta * WARPS + thread.warp)
         with if_(cast(token, "int64") < a.num_tokens):
-            base = let(thread.warp * MAX_EXPERTS)
-            t = _Token(a, token, thread.lane, *(_Offset(buffer, base) for buffer in keys))
-            t.write_keys()
-            with if_(T.And(t.is_method(Method.DeepSeekV3), t.n_group > 1)):
-                t.close_groups()
-            expert, share = t.select()
-            t.write_weights(expert, share)
+            t = router.token(a, token, thread)
+            t.write(*t.route())
