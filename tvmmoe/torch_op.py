@@ -29,6 +29,7 @@ def num_padded_tokens(problem: Problem, tile_m: int) -> int:
     return tile_m * max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, tile_m)
 
 
+@functools.lru_cache(maxsize=4096)
 def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
     sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
@@ -43,13 +44,17 @@ def _function(entry: Entry) -> tuple[Callable[..., None], Callable[[int], None] 
     return module[entry.symbol], (module["set_num_threads"] if entry.target.startswith("x86") else None)
 
 
-@functools.lru_cache(maxsize=4096)
-def selected_entry(problem: Problem) -> Entry:
-    """The manifest entry that serves ``problem`` on its device."""
+def _select(problem: Problem) -> Entry:
     entry = select(loader.manifest(), targets_of(problem.device), problem)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
     return entry
+
+
+@functools.lru_cache(maxsize=4096)
+def selected_entry(problem: Problem) -> Entry:
+    """The manifest entry that serves ``problem`` on its device."""
+    return _select(problem)
 
 
 def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.Tensor]:
@@ -73,20 +78,34 @@ def launch(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> list[to
     results = new_results(problem, entry.tile_m, output is not None)
     if problem.num_tokens == 0:
         return results if output is None else [output]
-    pointers: dict[str, Any] = dict(tensors)
     if problem.do_finalize:
-        pointers["output"] = output if output is not None else results[0]
+        written = {"output": results[0] if output is None else output}
     else:
-        pointers["output"] = None
-        pointers["gemm2_output"], pointers["expert_weights"], pointers["expanded_idx_to_permuted_idx"] = results
+        written = dict(zip(_RESULTS[1:], results, strict=True))
     function, set_num_threads = _function(entry)
     workspace = torch.empty(entry_workspace_bytes(problem, entry), dtype=torch.uint8, device=problem.device)
     if set_num_threads is not None:
         set_num_threads(torch.get_num_threads())
-    addresses = (0 if (tensor := pointers.get(name)) is None else tensor.data_ptr() for name in abi.POINTERS)
-    with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
+    addresses = [0] * len(abi.POINTERS)
+    for name, index in _INPUTS:
+        if (tensor := tensors[name]) is not None:
+            addresses[index] = tensor.data_ptr()
+    for name, tensor in written.items():
+        addresses[abi.POINTERS.index(name)] = tensor.data_ptr()
+    with _device_guard(problem.device):
         function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
     return results if output is None else [output]
+
+
+_RESULTS = ("output", "gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")
+_INPUTS = tuple((name, i) for i, name in enumerate(abi.POINTERS) if name not in _RESULTS)
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes ``device`` current; nothing to do where it is already."""
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _ints(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> tuple[int, ...]:
@@ -139,7 +158,9 @@ def _registered(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
 def _fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
     problem = validate(**arguments)
-    return _three(problem, new_results(problem, selected_entry(problem).tile_m, arguments["output"] is not None))
+    # Sizes may be symbols, which have no hash; asking the table guards on the range of tokens that it answers for.
+    tile_m = 1 if problem.do_finalize else _select(problem).tile_m
+    return _three(problem, new_results(problem, tile_m, arguments["output"] is not None))
 
 
 def _three(problem: Problem, results: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -123,12 +123,12 @@ class Gemm1:
 
         if not self.is_gated:
             raw = with_bias(matrix)
-            root = let(T.max(state["gate"] * raw, T.float32(0)))
+            root = isa.maximum(let(state["gate"] * raw), T.float32(0))
             z = state["result"] * T.Select(state["is_relu2"], root * root, raw)
             return let(T.Select(state["is_column"][mi][matrix], z, T.float32(0)))
         limit = state["limit"]
-        up = let(T.max(T.min(with_bias(0), limit), T.float32(0) - limit) + state["beta"])
-        gate = let(state["gate"] * T.min(with_bias(1), limit))
+        up = let(isa.maximum(isa.minimum(with_bias(0), limit), let(T.float32(0) - limit)) + state["beta"])
+        gate = let(state["gate"] * isa.minimum(with_bias(1), limit))
         activated = scalar("float32")
         if_else(
             state["is_geglu"],

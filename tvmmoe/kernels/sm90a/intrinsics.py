@@ -116,6 +116,20 @@ def stmatrix_transposed(pointer, pairs) -> None:
     ptx[f"stmatrix.sync.aligned.m8n8.x{len(pairs)}.trans.shared.b16"](pointer, *pairs)
 
 
+def maximum(a, b):
+    """The larger, NaN if either is: fmaxf would drop it."""
+    out = scalar("float32")
+    ptx["max.NaN.f32"](out, a, b)
+    return out
+
+
+def minimum(a, b):
+    """The smaller, NaN if either is."""
+    out = scalar("float32")
+    ptx["min.NaN.f32"](out, a, b)
+    return out
+
+
 def sigmoid_times(x, alpha):
     """x * sigmoid(alpha * x); e^inf gives x / inf = 0."""
     return T.cuda.fdividef(x, T.float32(1) + T.call_pure_extern("float32", "__expf", T.float32(0) - alpha * x))

@@ -79,6 +79,12 @@ class Token:
     def _value(raw, is_bf16):
         return let(bits(T.Select(is_bf16 != 0, raw << u32(16), raw), "float32"))
 
+    def _without_nan(self, x):
+        """Llama4 takes NaN for -inf. By its bits: TVM takes x != x for false."""
+        is_nan = (bits(x) & u32(0x7FFFFFFF)) > u32(0x7F800000)
+        with if_(T.And(self.is_method(Method.Llama4), is_nan)):
+            assign(x, T.float32(float("-inf")))
+
     def _raw_logit(self, e):
         return self._raw(
             self.a.routing_logits, self.a.logits_is_bf16,
@@ -112,13 +118,12 @@ class Token:
                     assign(bias, self._raw(a.routing_bias, a.bias_is_bf16, cast(e, "int64")))
             for e, raw, bias in zip(experts, logits, biases, strict=True):
                 x = self._value(raw, a.logits_is_bf16)
+                self._without_nan(x)
                 score = let(x)
                 with if_(uses_sigmoid):
                     assign(score, numerics.sigmoid_exact(x))
                 with if_(has_bias != 0):
                     assign(score, score + self._bias(bias))
-                with if_(T.And(self.is_method(Method.Llama4), x != x)):
-                    assign(score, T.float32(float("-inf")))
                 self.keys.put(e, numerics.sortable_key(score))  # past the end: the last expert's once more
         with if_(self.is_method(Method.Default)):
             self._softmax_keys()
@@ -195,6 +200,7 @@ class Token:
     def weight(self, expert, share):
         """bfloat16 bits of this lane's slot."""
         a, x = self.a, self.logit(expert)
+        self._without_nan(x)
         is_slot = self.lane < self.top_k
         sigmoid = let(numerics.sigmoid_exact(x))
         softmax = self.is_method(Method.Renormalize, Method.RenormalizeNaive)
@@ -207,7 +213,8 @@ class Token:
         with if_(softmax):
             assign(weight, cast(e / total, "float32"))
         with if_(T.And(self.is_method(Method.SigmoidRenorm), a.norm_topk_prob != 0)):
-            assign(weight, cast(term / T.max(total, T.float64(1e-20)), "float32"))
+            # Not T.max, which would replace NaN.
+            assign(weight, cast(term / T.Select(total < T.float64(1e-20), T.float64(1e-20), total), "float32"))
         with if_(self.is_method(Method.DeepSeekV3, Method.MiniMax2)):
             assign(weight, cast(term * a.routed_scaling_factor / (total + T.float64(1e-20)), "float32"))
         return let(numerics.float32_to_bf16(weight))

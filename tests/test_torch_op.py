@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered op under torch.library's own checks, torch.compile, streams, devices and CUDA graphs."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+import tvmmoe
+from tvmmoe import torch_op
+from tvmmoe.config import ActivationFormat as A
+from tvmmoe.config import WeightFormat as W
+from tvmmoe.testing import make_case, poison
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(tvmmoe.trtllm_fp4_block_scale_moe).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+def op_arguments(**kwargs):
+    """Positional arguments of the registered op."""
+    names = inspect.signature(tvmmoe.trtllm_fp4_block_scale_moe).parameters
+    arguments = {**DEFAULTS, **kwargs}
+    for name in ("routing_method_type", "activation_type"):
+        arguments[name] = int(arguments[name])
+    return tuple(arguments[name] for name in names)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", [{}, dict(activation_format=A.nvfp4, weight_format=W.nvfp4)], ids=["bf16", "nvfp4"])
+@pytest.mark.parametrize("result", ["new", "in_place", "pieces"])
+def test_opcheck(result, mode, device):
+    kwargs = make_case(num_tokens=5, **mode, device=device)
+    if result == "in_place":
+        kwargs["output"] = torch.empty(5, 128, dtype=torch.bfloat16, device=device)
+        kwargs["routing_replay_out"] = torch.zeros(5, 2, dtype=torch.int16, device=device)
+    kwargs["do_finalize"] = result != "pieces"
+    for name in ("hidden_states_scale", "gemm1_weights_scale", "gemm2_weights_scale"):
+        if kwargs[name] is not None:
+            kwargs[name] = kwargs[name].view(torch.uint8)  # test_schema compares by arithmetic, which float8 lacks
+    op = torch.ops.tvmmoe.fp4_block_scale_moe.default
+    # No autograd: the operator is for inference. Backends differ in nothing else.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(op, op_arguments(**kwargs), test_utils=checks)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_in_place_output_is_the_callers(device):
+    kwargs = make_case(num_tokens=6, device=device)
+    output = poison(torch.empty(6, 128, dtype=torch.bfloat16, device=device))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def layer(output):
+        (result,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs, output=output)
+        return result + 1
+
+    (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    assert torch.equal(layer(output), expected + 1)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_once_for_two_sizes(device):
+    """The second size marks tokens as dynamic; the op's fake takes symbols."""
+    layer = torch.compile(
+        lambda **kwargs: tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0], fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for num_tokens in (5, 9, 17):
+        kwargs = make_case(num_tokens=num_tokens, device=device)
+        assert torch.equal(layer(**kwargs), tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0])
+
+
+@pytest.mark.gpu
+def test_streams_do_not_disturb_each_other():
+    cases = [make_case(num_tokens=n, hidden_size=512, intermediate_size=512, seed=n, device="cuda") for n in (3, 70, 200)]
+    expected = [tvmmoe.trtllm_fp4_block_scale_moe(**case)[0] for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    outputs = [[] for _ in cases]
+    for _ in range(10):
+        for case, stream, mine in zip(cases, streams, outputs, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(tvmmoe.trtllm_fp4_block_scale_moe(**case)[0])
+    torch.cuda.synchronize()
+    for mine, wanted in zip(outputs, expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in mine)
+
+
+@pytest.mark.gpu
+def test_work_is_on_the_current_stream():
+    """A call behind a long kernel on a side stream has not run when the host comes back; the default stream is idle."""
+    case = make_case(num_tokens=4, device="cuda")
+    tvmmoe.trtllm_fp4_block_scale_moe(**case)
+    output = torch.zeros(4, 128, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        tvmmoe.trtllm_fp4_block_scale_moe(**case, output=output)
+        done = stream.record_event()
+    assert not done.query()
+    assert torch.cuda.current_stream().query()
+    done.synchronize()
+    assert output.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current():
+    cases = [make_case(num_tokens=20, device=f"cuda:{i}") for i in range(2)]
+    with torch.cuda.device(0):
+        outputs = [tvmmoe.trtllm_fp4_block_scale_moe(**case)[0] for case in cases]
+    assert [output.device.index for output in outputs] == [0, 1]
+    for i, case in enumerate(cases):
+        with torch.cuda.device(i):
+            assert torch.equal(tvmmoe.trtllm_fp4_block_scale_moe(**case)[0], outputs[i])
+    with pytest.raises(tvmmoe.ArgumentError, match="cuda:1"):
+        mixed = cases[0] | {"routing_logits": cases[1]["routing_logits"]}
+        tvmmoe.trtllm_fp4_block_scale_moe(**mixed)
+
+
+def test_gpu_without_artifact_names_itself_and_the_command(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    problem = torch_op.validate(**{**DEFAULTS, **make_case(num_tokens=2)})
+    with pytest.raises(tvmmoe.UnsupportedError, match=r"sm75a; shipped: .*sm90a.*--target sm75a"):
+        torch_op.selected_entry(dataclasses.replace(problem, device=torch.device("cuda:7")))
