@@ -12,6 +12,7 @@ import torch
 
 import tvmmoe
 from tvmmoe import loader, op, torch_op
+from tvmmoe.config import WeightFormat
 from tvmmoe.select import select, targets_of
 
 MANIFEST = loader.manifest()
@@ -30,6 +31,16 @@ def test_cpu_artifact_is_fresh():
     digest = cpu.tir_sha256(cpu.functions())
     for level in cpu.LEVELS:
         assert MANIFEST.files[f"cpu/fp4_block_scale_moe_{level}.so"]["tir_sha256"] == digest
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_sm90a_artifact_is_fresh(weight_format):
+    pytest.importorskip("tvm")
+    from tvmmoe.kernels.sm90a import build
+
+    source = build.cuda_source(build.variants(weight_format))
+    record = MANIFEST.files[f"sm90a/{build.file_name(weight_format)}"]
+    assert record["tir_sha256"] == hashlib.sha256(source.encode()).hexdigest()
 
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():

@@ -8,6 +8,7 @@ rounds counts. The result is checked against the float32 reference first. On CUD
     floor   max(those bytes / measured copy bandwidth, FLOPs / measured bf16 matmul rate); share = floor / us
     cold    share of those bytes that were not touched within the last L2 size of traffic (CUDA)
     extra   peak memory of one call beyond its inputs and outputs
+    host    time of an eager call until it returns, its kernels still running (CUDA)
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 import tvmmoe
 from tvmmoe import loader, reference, torch_op
 from tvmmoe.arguments import validate
+from tvmmoe.baseline import dequantize_matmul, route
 from tvmmoe.errors import TvmMoeError
 from tvmmoe.shapes import shape_case, shapes
 from tvmmoe.testing import Case, make_case, rel_l2
@@ -66,6 +68,7 @@ class Row:
     cold: float
     extra_mib: float
     rel_l2: float
+    host_us: float | None = None
     public_us: float | None = None
     dequantize_matmul_us: float | None = None
     stages_us: dict[str, float] | None = None
@@ -109,8 +112,13 @@ def measure_machine(device: torch.device) -> Machine:
     a, b = torch.randn(m, k, device=device).bfloat16(), torch.randn(n, k, device=device).bfloat16()
     matmul = median_us(lambda: a @ b.T, device)
     properties = torch.cuda.get_device_properties(device) if is_cuda else None
-    name = properties.name if is_cuda else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return Machine(name, 2e-3 * source.numel() / copy, 2e-6 * m * n * k / matmul, properties.L2_cache_size if is_cuda else 0)
+    cpu_name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return Machine(
+        name=properties.name if is_cuda else cpu_name,
+        copy_gb_per_s=2e-3 * source.numel() / copy,
+        bf16_tflop_per_s=2e-6 * m * n * k / matmul,
+        l2_bytes=properties.L2_cache_size if is_cuda else 0,
+    )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -149,12 +157,11 @@ def first_tokens(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
 def routings(case: Case, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[set[int]], float]:
     """Random logits, the local experts that each activates, and the mean number of local (token, slot) pairs."""
     generator = torch.Generator(case.device).manual_seed(1234)
-    names = ("routing_method_type", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "top_k")
     logits, active, pairs = [], [], 0
     for _ in range(NUM_ROUTINGS):
         x = torch.randn(case.num_tokens, case.num_experts, generator=generator, device=case.device)
         logits.append(x.to(case.logits_dtype))
-        ids, _ = reference.route_ref(logits[-1], kwargs["routing_bias"], **{name: kwargs[name] for name in names})
+        ids, _ = route(kwargs, logits[-1])
         local = ids[(ids >= case.local_expert_offset) & (ids < case.local_expert_offset + case.num_local_experts)]
         active.append(set(local.unique().tolist()))
         pairs += local.numel()
@@ -172,26 +179,6 @@ def cold_share(active: list[set[int]], expert_bytes: int, l2_bytes: int) -> floa
             cold += age.get(expert, l2_bytes) >= l2_bytes
             age = {other: value + expert_bytes for other, value in age.items()} | {expert: 0}
     return cold / sum(len(experts) for experts in active)
-
-
-def dequantize_matmul(kwargs: dict[str, Any]) -> torch.Tensor:
-    """The operator by torch alone: dequantise every active expert to bfloat16, two matmuls, weighted sum."""
-    ids, weights = reference.route_ref(
-        kwargs["routing_logits"], kwargs["routing_bias"], top_k=kwargs["top_k"],
-        **{n: kwargs[n] for n in ("routing_method_type", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")},
-    )  # fmt: skip
-    x = reference.dequantize_hidden_ref(kwargs["hidden_states"], kwargs["hidden_states_scale"]).bfloat16()
-    out = torch.zeros(len(x), 2 * kwargs["gemm1_weights"].shape[2], device=x.device)
-    for e in range(kwargs["local_num_experts"]):
-        token, slot = (ids == e + kwargs["local_expert_offset"]).nonzero(as_tuple=True)
-        if len(token) == 0:
-            continue
-        w1 = reference.dequantize_weight_ref(kwargs["gemm1_weights"][e], kwargs["gemm1_weights_scale"][e]).bfloat16()
-        up, gate = (x[token] @ w1.T).chunk(2, 1)
-        w2 = reference.dequantize_weight_ref(kwargs["gemm2_weights"][e], kwargs["gemm2_weights_scale"][e]).bfloat16()
-        y = (up * torch.nn.functional.silu(gate)) @ w2.T
-        out.index_add_(0, token, y.float() * weights[token, slot, None].float())
-    return out.bfloat16()
 
 
 def check(case: Case, kwargs: dict[str, Any]) -> float:
@@ -244,6 +231,19 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def host_us(kwargs: dict[str, Any], num_calls: int = 50) -> float:
+    """Mean time that the caller of an eager call waits for it to return; the launch queue must not fill up."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(num_calls):
+            tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+        times.append((time.perf_counter() - begin) / num_calls * 1e6)
+    torch.cuda.synchronize()
+    return min(times)
+
+
 def stage_times(case: Case, kwargs: dict[str, Any], logits: list[torch.Tensor]) -> dict[str, float]:
     """Median time of each kernel, in launch order, without programmatic dependent launch so that none overlap."""
     from torch.profiler import ProfilerActivity, profile
@@ -260,8 +260,7 @@ def stage_times(case: Case, kwargs: dict[str, Any], logits: list[torch.Tensor]) 
 
 
 def _stage_of(kernel_name: str) -> str:
-    number = kernel_name.rsplit("kernel", 1)[1].strip("_")
-    return f"kernel_{number or 0}"
+    return kernel_name.rsplit("_moe_", 1)[1].split("_", 2)[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ table
@@ -281,7 +280,7 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     matrices = (2 if case.activation.is_gated else 1) + 1
     flops = 2.0 * pairs * matrices * case.hidden_size * case.intermediate_size
     floor = max(num_bytes / machine.copy_gb_per_s * 1e-3, flops / machine.bf16_tflop_per_s * 1e-6)
-    entry = torch_op.selected_entry(validate(**{**_DEFAULTS, **kwargs}))
+    entry = torch_op.selected_entry(validate(**{**DEFAULTS, **kwargs}))
     public = _public_times().get(name, {}) if options.mode == ("bf16", "mxfp4") and "H100" in machine.name else {}
     return Row(
         shape=name,
@@ -296,13 +295,14 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
         cold=cold_share(active, expert_bytes, machine.l2_bytes),
         extra_mib=extra / 2**20,
         rel_l2=error,
+        host_us=host_us(kwargs) if device.type == "cuda" else None,
         public_us=public.get(str(case.num_tokens)),
-        dequantize_matmul_us=median_us(lambda: dequantize_matmul(kwargs), device, 3) if options.baseline else None,
+        dequantize_matmul_us=median_us(lambda: dequantize_matmul(**kwargs), device, 3) if options.baseline else None,
         stages_us=stage_times(case, kwargs, logits) if options.stages else None,
     )
 
 
-_DEFAULTS = dict(
+DEFAULTS = dict(
     per_token_scale=None, do_finalize=True, enable_pdl=None, output=None, tune_max_num_tokens=8192, routing_replay_out=None
 )
 
@@ -323,6 +323,8 @@ def line(row: Row) -> str:
         f"{row.shape:20s} {row.mode:13s} {row.num_tokens:6d} {row.us:10.1f} {row.gb_per_s:6.0f} {row.tflop_per_s:8.1f} "
         f"{row.floor_us:9.1f} {row.share:6.2f} {row.cold:5.2f} {row.extra_mib:9.1f} {row.rel_l2:8.1e}"
     )
+    if row.host_us:
+        text += f"  host {row.host_us:.0f} us"
     if row.public_us:
         text += f"  best public {row.public_us:.0f} us ({row.public_us / row.us:.2f}x)"
     if row.dequantize_matmul_us:
@@ -342,7 +344,8 @@ def plot(rows: list[Row], machine: Machine, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     intensity = [row.tflop_per_s / row.gb_per_s * 1e3 for row in rows]
     xs = [min(intensity) / 2, machine.bf16_tflop_per_s / machine.copy_gb_per_s * 1e3, 2 * max(intensity)]
-    axes.plot(xs, [min(x * machine.copy_gb_per_s * 1e-3, machine.bf16_tflop_per_s) for x in xs], "k-", label="measured limits")
+    limits = [min(x * machine.copy_gb_per_s * 1e-3, machine.bf16_tflop_per_s) for x in xs]
+    axes.plot(xs, limits, "k-", label="measured limits")
     for name in dict.fromkeys(row.shape for row in rows):
         points = [(x, row.tflop_per_s) for x, row in zip(intensity, rows, strict=True) if row.shape == name]
         axes.plot(*zip(*points, strict=True), "o-", label=name)
@@ -354,7 +357,8 @@ def plot(rows: list[Row], machine: Machine, path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tvmmoe.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tvmmoe.bench", description=__doc__, formatter_class=formatter)
     parser.add_argument("--shape", default="Qwen3-30B-A3B", help=f"all, or several of {', '.join(shapes())}")
     parser.add_argument("--tokens", default="1,16,128")
     parser.add_argument("--mode", default="bf16-mxfp4", choices=MODES, help="activations-weights")

@@ -17,6 +17,7 @@ from tvm.backend.cuda import export_cuda_host
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
+from tvmmoe.kernels.sm90a.trace import kernel_names
 
 _DRIVER_LOOKUP = r"""
 #include <cstdint>
@@ -61,8 +62,14 @@ def file_name(weight_format: WeightFormat) -> str:
 def cuda_source(functions: Sequence[Variant]) -> str:
     """CUDA C++ of the operators, host code included."""
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
-    module = tvm.IRModule({variant.symbol: operator(variant) for variant in functions})
-    source = export_cuda_host(tvm.tirx.build(module, target=target, pipeline="tirx"))
+    operators, names = {}, {}
+    for variant in functions:
+        operators[variant.symbol] = operator(variant)
+        for i, name in enumerate(kernel_names()):
+            names[f"{variant.symbol}_kernel" + (f"_{i}" if i else "")] = f"{variant.symbol}_{name}"
+    source = export_cuda_host(tvm.tirx.build(tvm.IRModule(operators), target=target, pipeline="tirx"))
+    source = re.sub(r"\w+_kernel(_\d+)?\b", lambda match: names.get(match[0], match[0]), source)
+    assert not re.search(r"_moe_\w+_kernel(_\d+)?\b", source), "a kernel without a name"
     # The launch attribute is a compile-time property in TIRx; enable_pdl makes it one of the call.
     flag = "val.programmaticStreamSerializationAllowed = "
     assert flag + "1;" in source

@@ -70,7 +70,7 @@ def finalize(a) -> None:
     """Emit the kernel."""
     width = a.output_hidden_size
     segments = (width + COLUMNS - 1) // COLUMNS
-    with kernel(cast(a.num_tokens * segments, "int32"), THREADS) as thread:
+    with kernel("finalize", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         token = let(thread.cta // cast(segments, "int32"))
         column = let(cast(thread.cta % cast(segments, "int32") * COLUMNS + thread.tid * 8, "int64"))
         sums = regs(8, "float32")

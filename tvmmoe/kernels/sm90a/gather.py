@@ -145,7 +145,7 @@ class Chunk:
 def gather(a, form: ActivationFormat) -> None:
     """Emit the kernel for one activation format."""
     segments = segments_of(a, COLUMNS)
-    with kernel(cast(a.num_tokens * segments, "int32"), THREADS) as thread:
+    with kernel(f"gather_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         token = let(thread.cta // cast(segments, "int32"))
         chunk = Chunk(a, form, token, thread.cta % cast(segments, "int32"), thread, COLUMNS)
         ptx.griddepcontrol.wait()

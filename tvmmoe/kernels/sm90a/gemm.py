@@ -169,7 +169,7 @@ class GroupedGemm:
             address(p.operand), [p.padded_k, a.max_tiles * c.tile_m], [2 * p.padded_k], [64, c.token_box], "bfloat16", 3
         )
         row_blocks = cast(p.num_row_blocks(c), "int32")
-        with kernel(T.int32(NUM_CTAS), (c.warpgroups + 1) * 128) as thread:
+        with kernel(p.name, T.int32(NUM_CTAS), (c.warpgroups + 1) * 128) as thread:
             self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
             self._allocate()
             if not p.knows_tiles:

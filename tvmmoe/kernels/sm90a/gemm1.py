@@ -28,6 +28,7 @@ class Gemm1:
 
     def __init__(self, a, is_gated: bool):
         self.a, self.is_gated = a, is_gated
+        self.name = "gemm1_gated" if is_gated else "gemm1"
         self.halves = 2 if is_gated else 1
         self.matrices = 1 if is_gated else 2  # 8-column output matrices of a warp's 16 fragment rows
         self.k, self.padded_k, self.operand = a.hidden_size, padded(a.hidden_size), a.ws["x"]

@@ -14,6 +14,7 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, sc
 class Gemm2:
     """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
 
+    name = "gemm2"
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
 

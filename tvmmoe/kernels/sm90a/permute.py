@@ -57,7 +57,7 @@ def _local_expert(a, pair):
 
 def count(a) -> None:
     """Emit the histogram kernel."""
-    with kernel(num_chunks(a), PAIRS_PER_CTA) as thread:
+    with kernel("count", num_chunks(a), PAIRS_PER_CTA) as thread:
         smem = Smem()
         counts = smem.alloc(MAX_EXPERTS, "int32")
         smem.commit()
@@ -111,7 +111,7 @@ def rows_per_tile(rows, tile_m: int):
 
 def scatter(a, tile_m: int) -> None:
     """Emit the placing kernel."""
-    with kernel(num_chunks(a), PAIRS_PER_CTA) as thread:
+    with kernel("scatter", num_chunks(a), PAIRS_PER_CTA) as thread:
         smem = Smem()
         warp_counts = smem.alloc(WARPS * MAX_EXPERTS, "uint16", 128)
         first_row, chunk_first, totals, sums = (smem.alloc(n, "int32", 128) for n in (MAX_EXPERTS,) * 3 + (WARPS,))

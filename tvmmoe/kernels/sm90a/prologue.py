@@ -44,7 +44,7 @@ def is_small(a):
 def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     """Emit the kernel for one activation format."""
     segments = segments_of(a, COLUMNS)
-    with kernel(cast(a.num_tokens * segments, "int32"), THREADS) as thread:
+    with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         smem = Smem()
         router = Router(smem, MAX_TOKENS)
         experts, tiles, rows = (smem.alloc(MAX_PAIRS, "int32", 128) for _ in range(3))

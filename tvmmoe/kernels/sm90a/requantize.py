@@ -127,7 +127,7 @@ def _row_amax(a, thread, row_base, segments, width, partial):
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
     """Emit the kernel for one activation format."""
     width = padded(a.intermediate_size)
-    with kernel(cast(a.max_tiles * tile_m, "int32"), THREADS) as thread:
+    with kernel(f"requantize_{form.name}{'_per_token' * per_token}", cast(a.max_tiles * tile_m, "int32"), THREADS) as thread:
         smem = Smem()
         partial = smem.alloc(THREADS // 32, "float32")
         smem.commit()

@@ -283,7 +283,7 @@ class Router:
 
 def route(a) -> None:
     """Emit the kernel."""
-    with kernel(cast((a.num_tokens + WARPS - 1) // WARPS, "int32"), WARPS * 32) as thread:
+    with kernel("route", cast((a.num_tokens + WARPS - 1) // WARPS, "int32"), WARPS * 32) as thread:
         smem = Smem()
         router = Router(smem, WARPS)
         smem.commit()

@@ -53,9 +53,20 @@ class Thread(NamedTuple):
     tid: object
 
 
+_names: list[str] = []  # of the kernels traced since the last call of kernel_names
+
+
+def kernel_names() -> list[str]:
+    """Names of the kernels traced since the last call, in launch order; TIRx itself only numbers them."""
+    names = _names.copy()
+    _names.clear()
+    return names
+
+
 @contextlib.contextmanager
-def kernel(num_ctas, num_threads: int) -> Iterator[Thread]:
+def kernel(name: str, num_ctas, num_threads: int) -> Iterator[Thread]:
     """One device region, launched as a grid of ``num_ctas`` (host int32 expression) CTAs."""
+    _names.append(name)
     with I.attr({"tirx.device_entry": T.bool(True)}), I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
         cta = I.cta_id([num_ctas], dtype="int32")
         warp = I.warp_id([num_threads // 32])
