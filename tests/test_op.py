@@ -84,6 +84,33 @@ def test_routing_is_bit_equal(route, logits_dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation, limit", [(kind, x) for kind in ActivationType for x in (None, 7.0)[: 1 + kind.is_gated]])
+def test_nan_stays_in_its_token(activation, limit, device):
+    kwargs = make_case(num_tokens=5, activation=activation, clamp_limit=limit, device=device)
+    (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    kwargs["hidden_states"][2, 7] = float("nan")
+    (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    others = torch.tensor([0, 1, 3, 4])
+    assert actual[2].isnan().all() and torch.equal(actual[others], expected[others])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", Method)
+def test_nan_logit_as_the_reference(method, device):
+    top_k = 1 if method == Method.Llama4 else 3
+    kwargs = make_case(num_tokens=4, num_experts=16, routing_method=method, top_k=top_k, device=device)
+    kwargs["routing_logits"][1, 5] = float("nan")
+    kwargs["routing_logits"][2] = float("nan")
+    replay = torch.empty(4, top_k, dtype=torch.int16, device=device)
+    _, weights, _ = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs, do_finalize=False, routing_replay_out=replay)
+    ids, expected = reference.route_ref(kwargs["routing_logits"], kwargs["routing_bias"], top_k=top_k,
+                                        routing_method_type=method)  # fmt: skip
+    assert torch.equal(replay.int(), ids)
+    assert torch.equal(weights.isnan(), expected.isnan())
+    assert torch.equal(weights.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_pieces_reconstruct_the_output(device):
     kwargs = make_case(num_tokens=23, local_expert_offset=1, local_num_experts=5, device=device)
     (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)

@@ -23,10 +23,9 @@ def activate(kind: ActivationType, up, gate, scale, scale_gate, alpha, beta, lim
         return scale * up
     if kind == ActivationType.Relu2:
         positive = T.max(scale_gate * up, T.float32(0))
-        # max(NaN, 0) may be 0: a NaN accumulator must stay visible.
-        return scale * T.Select(up == up, positive * positive, up)
-    up = T.Select(up == up, T.max(T.min(up, limit), T.float32(0) - limit), up)
-    gate = scale_gate * T.Select(gate == gate, T.min(gate, limit), gate)
+        return scale * T.Select(numerics.is_nan(up), up, positive * positive)
+    up = T.Select(numerics.is_nan(up), up, T.max(T.min(up, limit), T.float32(0) - limit))
+    gate = scale_gate * T.Select(numerics.is_nan(gate), gate, T.min(gate, limit))
     argument = alpha * gate
     squashed = (
         numerics.sigmoid_float32(argument) if kind == ActivationType.Swiglu else numerics.normal_cdf_float32(argument)

@@ -20,6 +20,11 @@ def float_of(pattern):
     return T.reinterpret("float32", pattern)
 
 
+def is_nan(x):
+    """By the bits of a float32: TVM takes x == x for true, and its max and min drop NaN."""
+    return T.bitwise_and(bits(x), T.uint32(0x7FFFFFFF)) > T.uint32(0x7F800000)
+
+
 def e2m1_to_float32(code):
     """Value of the e2m1 code in the low four bits of a uint32."""
     magnitude = T.bitwise_and(code, T.uint32(7))
@@ -60,7 +65,7 @@ def float32_to_bf16(x):
     """bfloat16 pattern (uint16) nearest to a float32, ties to even; NaN stays NaN."""
     pattern = bits(x)
     carry = T.uint32(0x7FFF) + T.bitwise_and(T.shift_right(pattern, T.uint32(16)), T.uint32(1))
-    rounded = T.Select(x == x, pattern + carry, T.bitwise_or(pattern, T.uint32(0x400000)))
+    rounded = T.Select(is_nan(x), T.bitwise_or(pattern, T.uint32(0x400000)), pattern + carry)
     return T.Cast("uint16", T.shift_right(rounded, T.uint32(16)))
 
 
@@ -117,7 +122,7 @@ def exp_float32(x):
     for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         value = value * r + T.float32(coefficient)
     exponent = T.shift_left(bits(shifted), T.uint32(23))  # the low bits of 1.5 * 2^23 + n are n
-    return T.Select(x == x, float_of(bits(value) + exponent), x)
+    return T.Select(is_nan(x), x, float_of(bits(value) + exponent))
 
 
 def sigmoid_float32(x):

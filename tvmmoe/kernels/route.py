@@ -33,16 +33,21 @@ def _score(method, x, bias):
     sigmoid = numerics.sigmoid_exact(x)
     biased = T.if_then_else(is_method(method, Method.DeepSeekV3, Method.MiniMax2), sigmoid + bias, sigmoid)
     uses_sigmoid = is_method(method, Method.DeepSeekV3, Method.MiniMax2, Method.SigmoidRenorm, Method.Sigmoid)
-    ignores_nan = T.And(is_method(method, Method.Llama4), x != x)
-    return T.if_then_else(uses_sigmoid, biased, T.if_then_else(ignores_nan, T.float32(float("-inf")), x))
+    return T.if_then_else(uses_sigmoid, biased, _without_nan(method, x))
+
+
+def _without_nan(method, x):
+    """Llama4 takes NaN for -inf."""
+    return T.if_then_else(T.And(is_method(method, Method.Llama4), numerics.is_nan(x)), T.float32(float("-inf")), x)
 
 
 def _weight(method, x, softmax, maximum, total, scale, renormalize):
     """Routing weight of one chosen expert before its rounding to bfloat16; ``total`` as the caller summed it."""
-    sigmoid = numerics.sigmoid_exact(x)
+    sigmoid = numerics.sigmoid_exact(_without_nan(method, x))
     renormalized = numerics.exp_float64(T.Cast("float64", x) - T.Cast("float64", maximum)) / total
     share = T.Cast("float64", sigmoid) * scale / (total + T.float64(1e-20))
-    mean = T.Cast("float64", sigmoid) / T.max(total, T.float64(1e-20))
+    # Not T.max, which would replace NaN.
+    mean = T.Cast("float64", sigmoid) / T.Select(total < T.float64(1e-20), T.float64(1e-20), total)
     weight = T.if_then_else(is_method(method, Method.TopK), x, sigmoid)
     weight = T.if_then_else(
         T.And(is_method(method, Method.SigmoidRenorm), renormalize != 0), T.Cast("float32", mean), weight

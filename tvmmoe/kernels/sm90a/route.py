@@ -80,9 +80,8 @@ class Token:
         return let(bits(T.Select(is_bf16 != 0, raw << u32(16), raw), "float32"))
 
     def _without_nan(self, x):
-        """Llama4 takes NaN for -inf. By its bits: TVM takes x != x for false."""
-        is_nan = (bits(x) & u32(0x7FFFFFFF)) > u32(0x7F800000)
-        with if_(T.And(self.is_method(Method.Llama4), is_nan)):
+        """Llama4 takes NaN for -inf."""
+        with if_(T.And(self.is_method(Method.Llama4), numerics.is_nan(x))):
             assign(x, T.float32(float("-inf")))
 
     def _raw_logit(self, e):

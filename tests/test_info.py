@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``python -m tvmmoe.info`` prints: the report, selections for this and other machines, one-line errors."""
+
+import json
+
+import pytest
+import torch
+
+import tvmmoe
+from tvmmoe import info, shapes
+from tvmmoe.loader import manifest
+from tvmmoe.select import targets_of
+from tvmmoe.testing import Case, make_case
+
+GPT_OSS_20B = ["--hidden-size", "2880", "--intermediate-size", "2880", "--num-experts", "32", "--top-k", "4"]
+
+
+def printed(capsys, *argv):
+    info.main(list(argv))
+    return capsys.readouterr().out
+
+
+def error(capsys, *argv):
+    with pytest.raises(SystemExit, match="2"):
+        info.main(list(argv))
+    usage, message = capsys.readouterr().err.rsplit("python -m tvmmoe.info: error: ", 1)
+    assert usage.startswith("usage: ") and message.count("\n") == 1
+    return message.strip()
+
+
+def test_report_names_every_artifact(capsys):
+    text = printed(capsys, "--device", "cpu")
+    content = json.loads(printed(capsys, "--device", "cpu", "--json"))
+    assert content["tvmmoe"] == tvmmoe.__version__
+    assert content["targets"] == list(targets_of(torch.device("cpu")))
+    assert set(content["artifacts"]) == set(manifest().files)
+    assert len(content["entries"]) == len(manifest().entries)
+    assert all(file in text for file in manifest().files)
+
+
+def test_selection_on_this_cpu_is_what_the_operator_takes(capsys):
+    rows = json.loads(printed(capsys, "--device", "cpu", "--json", "--tokens", "0,1,64,4096", *GPT_OSS_20B))
+    assert [row["num_tokens"] for row in rows] == [0, 1, 64, 4096]
+    assert [row["rows_per_expert"] for row in rows] == [0, 0.125, 8, 512]
+    for row in rows:
+        assert row["target"] == targets_of(torch.device("cpu"))[0]
+        assert row["workspace_bytes"] == tvmmoe.workspace_bytes(row["num_tokens"], 2880, 2880, 32, 4)
+
+
+@pytest.mark.parametrize("mode", [("bf16", "mxfp4"), ("mxfp8", "mxfp4"), ("bf16", "nvfp4"), ("nvfp4", "nvfp4")])
+def test_selection_for_a_hopper_needs_none(mode, capsys):
+    argv = ["--tokens", "1,1024", *GPT_OSS_20B, "--target", "sm90a", "--activation", mode[0], "--weights", mode[1]]
+    header, one, many = printed(capsys, *argv).splitlines()
+    assert header.split() == list(json.loads(printed(capsys, *argv, "--json"))[0])
+    assert one.split()[:5] == ["1", "0.125", "sm90a", f"sm90a/moe_{mode[1]}_sm90a.so", f"fp4_block_scale_moe_{mode[1]}_m8"]
+    assert many.split()[1] == "128" and many.split()[5] == "256"
+    assert len({len(line) for line in (header, one, many)}) == 1
+
+
+def test_shape_is_its_sizes(capsys):
+    common = ["--device", "cpu", "--tokens", "1,64"]
+    assert printed(capsys, *common, "--shape", "gpt-oss-20b") == printed(capsys, *common, *GPT_OSS_20B)
+
+
+def test_every_shape_is_served_on_both_targets(capsys):
+    for name in shapes.shapes():
+        for target in ("x86-64-v3", "sm90a"):
+            rows = json.loads(printed(capsys, "--shape", name, "--target", target, "--json"))
+            assert [row["target"] for row in rows] == [target] * 4
+
+
+def test_fewer_local_experts_take_less_workspace(capsys):
+    argv = ["--device", "cpu", "--json", "--tokens", "64", *GPT_OSS_20B]
+    (whole,), (part,) = (json.loads(printed(capsys, *argv, *more)) for more in ([], ["--local-num-experts", "4"]))
+    assert part["rows_per_expert"] == whole["rows_per_expert"] and part["workspace_bytes"] < whole["workspace_bytes"]
+
+
+@pytest.mark.parametrize("formats", [dict(), dict(activation_format=2, weight_format=1), dict(activation_format=1)])
+def test_problem_is_that_of_a_real_call(formats):
+    kinds = dict(activation_format=info.ActivationFormat, weight_format=info.WeightFormat)
+    case = Case(**{name: kinds[name](value) for name, value in formats.items()})
+    kwargs = make_case(case)
+    problem, real = info.problem_of(case), info.validate(**kwargs)
+    assert repr(problem) == repr(real).replace("'cpu'", "'meta'")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--shape", "nope"], "shape is 'nope', expected one of gpt-oss-20b, "),
+        (["--shape", "gpt-oss-20b", "--top-k", "2"], "--shape gpt-oss-20b has its own "),
+        (["--tokens", "1", "--top-k", "2"], "--hidden-size, --intermediate-size, --num-experts missing; "),
+        ([*GPT_OSS_20B, "--top-k", "33"], "top_k: got 33, expected 1 ... "),
+        ([*GPT_OSS_20B, "--hidden-size", "2890"], "hidden_states: got bfloat16 [1, 2890], hidden_size=2890, "),
+        ([*GPT_OSS_20B, "--hidden-size", "-64"], "--hidden-size: expected at least 1"),
+        ([*GPT_OSS_20B, "--local-num-experts", "33"], "local_num_experts: got 33, expected 1 ... "),
+        ([*GPT_OSS_20B, "--tokens", "-1"], "--tokens: got -1, expected at least 0"),
+        ([*GPT_OSS_20B, "--tokens", "x"], "invalid literal for int()"),
+        ([*GPT_OSS_20B, "--target", "sm80"], "--target: got sm80, expected one of sm90a, x86-64"),
+        ([*GPT_OSS_20B, "--activation", "mxfp8", "--weights", "nvfp4"], "gemm1_weights_scale: got uint8 "),
+        ([*GPT_OSS_20B, "--device", "meta"], "no bf16 x mxfp4 artifact for meta on "),
+        (["--device", "nope"], "Expected one of cpu, cuda, "),
+    ],
+)
+def test_error_is_one_line(argv, message, capsys):
+    assert error(capsys, *argv).startswith(message)
+
+
+def test_shape_with_missing_fields_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(shapes, "shapes", lambda: {"half": {"hidden_size": 64}})
+    assert error(capsys, "--shape", "half").startswith("--shape half: its fields in schedules/shapes.json ")
+    monkeypatch.setattr(shapes, "shapes", lambda: {"more": {"routing_method": "TopK", "colour": 1}})
+    assert error(capsys, "--shape", "more").startswith("--shape more: its fields in schedules/shapes.json ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_missing_cuda_device_is_one_line(capsys):
+    assert error(capsys, "--device", "cuda", "--shape", "gpt-oss-20b").startswith("--device: got cuda, but torch sees no ")
