@@ -84,7 +84,9 @@ def test_routing_is_bit_equal(route, logits_dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("activation, limit", [(kind, x) for kind in ActivationType for x in (None, 7.0)[: 1 + kind.is_gated]])
+@pytest.mark.parametrize(
+    "activation, limit", [(kind, limit) for kind in ActivationType for limit in (None, 7.0)[: 1 + kind.is_gated]]
+)
 def test_nan_stays_in_its_token(activation, limit, device):
     kwargs = make_case(num_tokens=5, activation=activation, clamp_limit=limit, device=device)
     (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)

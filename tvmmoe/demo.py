@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import tvmmoe
 from tvmmoe import layouts, numerics, torch_op
 from tvmmoe.arguments import validate
+from tvmmoe.baseline import dequantize_matmul
 from tvmmoe.bench import median_us
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
@@ -203,18 +204,10 @@ def draw_tokens(layer: Layer, num_tokens: int) -> tuple[dict[str, torch.Tensor |
     return dict(hidden_states=values, hidden_states_scale=scale, routing_logits=logits), exact
 
 
-def baseline(layer: Layer, kwargs: dict[str, Any], factors: torch.Tensor, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """dequant+matmul of a call, in bfloat16, or float32 where torch multiplies that faster (CPUs without bfloat16)."""
-    weights = [(kwargs[f"{gemm}_weights"], kwargs[f"{gemm}_weights_scale"]) for gemm in ("gemm1", "gemm2")]
-    dtype = torch.bfloat16
-    if not x.is_cuda:
-        a = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-        dtype = min(a, key=lambda dtype: median_us(lambda: a[dtype][:16] @ a[dtype], x.device))
-
-    def expert(e: int) -> list[torch.Tensor]:
-        return [dequantize(w[e], scale[e], factor[e]).to(dtype) for (w, scale), factor in zip(weights, factors, strict=True)]
-
-    return lambda: plain_moe(layer, x.to(dtype), kwargs["routing_logits"], expert)
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """What torch multiplies faster there: float32 on CPUs without bfloat16 arithmetic."""
+    a = {dtype: torch.ones(1024, 1024, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32)}
+    return min(a, key=lambda dtype: median_us(lambda: a[dtype][:16] @ a[dtype], device))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -245,10 +238,7 @@ def run(name: str, case: Case, num_tokens: list[int]) -> bool:
     tvmmoe.workspace_bytes(1, *sizes, **mode, device=case.device)  # no artifact: says so before the work
     case, experts = fitted(case)
     layer = make_layer(case)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small operations: where the machine is busy, threads would wait for each other for minutes
-    kwargs, factors = quantize(layer)
-    torch.set_num_threads(threads)
+    kwargs, _ = quantize(layer)
     print(f"\n{name}: {layer.source}, random weights")
     print(f"hidden size {case.hidden_size}, intermediate size {case.intermediate_size}, {experts}, top {case.top_k}")
     print(COLUMNS.format(*HEADER), flush=True)
@@ -257,7 +247,7 @@ def run(name: str, case: Case, num_tokens: list[int]) -> bool:
         tokens, x = draw_tokens(layer, count)
         call = functools.partial(tvmmoe.trtllm_fp4_block_scale_moe, **kwargs | tokens)
         error = rel_l2(call()[0], layer.forward(x))
-        plain = baseline(layer, call.keywords, factors, x)
+        plain = functools.partial(dequantize_matmul, fastest_dtype(x.device), **call.keywords)
         ms, plain_ms = (1e-3 * median_us(f, x.device, n) for f, n in zip((call, plain), ROUNDS[x.device.type], strict=True))
         entry = torch_op.selected_entry(validate(**call.keywords))
         numbers = f"{error:.1e}", f"{ms:.3f}", f"{plain_ms:.3f}", f"{plain_ms / ms:.1f}x"

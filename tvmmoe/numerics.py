@@ -32,7 +32,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = tuple(getattr(torch, name) for name in ("uint8", "float8_e4m3fn", "float8_e8m0fnu") if hasattr(torch, name))
 
 # Elements that are worked on at a time. On the CPU the float32 copy of a part stays in L2.
-CPU_PART = 1 << 18
+CPU_PART = 1 << 20
 CUDA_PART = 1 << 24
 
 
