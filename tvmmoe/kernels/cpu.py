@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tvm
 import tvm_ffi
+import tvm_ffi
 from tvm import tirx
 
 from tvmmoe.config import ActivationFormat, ActivationType, WeightFormat
@@ -63,7 +64,8 @@ def tir_sha256(compiled: dict[str, tirx.PrimFunc]) -> str:
     """Hash of :func:`functions` and of the runtime source: what a manifest entry is fresh against."""
     digest = hashlib.sha256(RUNTIME_SOURCE.read_bytes())
     for symbol, func in compiled.items():
-        digest.update(f"{symbol}\n{func.script(show_meta=True)}\n".encode())
+        # Not the printed script: that follows the syntax of the Python that prints it.
+        digest.update(f"{symbol} {tvm_ffi.structural_hash(func, map_free_vars=True):x}\n".encode())
     return digest.hexdigest()
 
 

@@ -5,16 +5,19 @@
     consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (wgmma's A, 64 rows), tokens are B, fp32 accumulators;
                  4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128] with 128-byte swizzle
-    last 3 warps cp.async: scale bytes of the tile's rows
+    last 3 warps cp.async: scale bytes of the tile's rows, 16 at a time where rows are aligned
     store        bias, activation and scales on accumulators; bf16 through stmatrix.trans; 16-byte row stores
 
     ks = 1       the warpgroups own different rows: prefill
-    ks = 2, 4    that many own the same 64 * mi rows and take alternate K blocks (a stage holds ks), partial sums meet
-                 in shared memory: more, smaller tiles for decode
+    ks = 2, 4    that many own the same 64 * mi rows and share the K blocks of a stage, partial sums meet in shared
+                 memory: more, smaller tiles for decode
 
 A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps; its empty barrier
 one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
 zero. A tile multiplies and loads only as many token columns as its rows need (``widths``).
+
+A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
+first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
 import math
