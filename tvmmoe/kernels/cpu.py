@@ -12,7 +12,6 @@ from pathlib import Path
 
 import tvm
 import tvm_ffi
-import tvm_ffi
 from tvm import tirx
 
 from tvmmoe.config import ActivationFormat, ActivationType, WeightFormat
