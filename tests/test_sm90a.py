@@ -68,11 +68,9 @@ def test_workspace_slices_are_aligned_and_disjoint(tile_m):
 def test_manifest_ranges_touch_and_end_in_a_catch_all():
     build = pytest.importorskip("tvmmoe.build")
     from tvmmoe.kernels.sm90a.build import variants
-    from tvmmoe.kernels.sm90a.operator import MIN_ROWS_PER_EXPERT
-
     for weight_format in WeightFormat:
         symbols = {variant.tile_m: variant.symbol for variant in variants(weight_format)}
-        rows = build.selection_rows("sm90a", weight_format, MIN_ROWS_PER_EXPERT, symbols, "file")
+        rows = build.selection_rows("sm90a", weight_format, build.recorded_limits("sm90a", TILES), symbols, "file")
         assert tuple(row["tile_m"] for row in rows) == TILES
         limits = [(row["min_rows_per_expert"], row["max_rows_per_expert"]) for row in rows]
         assert limits[0][0] == 0 and limits[-1][1] is None

@@ -194,14 +194,17 @@ def check(case: Case, kwargs: dict[str, Any]) -> float:
     return error
 
 
-def rotating(case: Case, kwargs: dict[str, Any], logits: list[torch.Tensor]) -> Callable[[], None]:
-    """One round over all routings; a graph replay on CUDA."""
+def rotating(
+    case: Case, kwargs: dict[str, Any], logits: list[torch.Tensor], call: Callable[..., Any] | None = None
+) -> Callable[[], None]:
+    """One round over all routings of ``call``, by default the operator; a graph replay on CUDA."""
+    call = call or tvmmoe.trtllm_fp4_block_scale_moe
     output = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device=case.device)
     calls = [kwargs | dict(routing_logits=x, output=output) for x in logits]
 
     def round_() -> None:
         for arguments in calls:
-            tvmmoe.trtllm_fp4_block_scale_moe(**arguments)
+            call(**arguments)
 
     if torch.device(case.device).type != "cuda":
         return round_

@@ -13,12 +13,12 @@ import tvm
 
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
+from tvmmoe.crossovers import recorded_limits
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.loader import artifacts_dir
 
-# Mean rows per expert from which a tile height serves; from times of Qwen3-30B-A3B's layer at T = 1, 16, 128 on 2 cores.
-CPU_MIN_ROWS_PER_EXPERT = {1: 0, 4: 0.5, 16: 4}
+CPU_CROSSOVERS = "x86-64-v3"  # whose measured limits both levels take
 TARGETS = ("cpu", "sm90a")
 
 
@@ -65,16 +65,23 @@ def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both x86-64 levels: file records and selection entries."""
     compiled = cpu.functions()
     digest = cpu.tir_sha256(compiled)
-    files, entries = {}, []
+    files = {}
     (folder / "cpu").mkdir(parents=True, exist_ok=True)
     for level in cpu.LEVELS:
         file = f"cpu/fp4_block_scale_moe_{level}.so"
         cpu.build(compiled, level, folder / file)
         files[file] = file_record(folder / file, level, digest, f"llvm in tvm; {_version_of('gcc', 0)}", "measured")
+    return files, cpu_entries()
+
+
+def cpu_entries() -> list[dict[str, Any]]:
+    """Selection entries of both levels."""
+    limits, entries = recorded_limits(CPU_CROSSOVERS, cpu.TILE_M), []
+    for level in cpu.LEVELS:
         for weight_format in WeightFormat:
-            symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
-            entries += selection_rows(level, weight_format, CPU_MIN_ROWS_PER_EXPERT, symbols, file)
-    return files, entries
+            symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in limits}
+            entries += selection_rows(level, weight_format, limits, symbols, f"cpu/fp4_block_scale_moe_{level}.so")
+    return entries
 
 
 def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -88,7 +95,6 @@ def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """File records and selection entries of what lies in ``folder/sm90a``; the TIR hash is that of the CUDA source."""
     from tvmmoe.kernels.sm90a import build
-    from tvmmoe.kernels.sm90a.operator import MIN_ROWS_PER_EXPERT
 
     files, entries = {}, []
     for weight_format in WeightFormat:
@@ -96,8 +102,9 @@ def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dic
         file = f"sm90a/{build.file_name(weight_format)}"
         digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
         files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
-        symbols = {variant.tile_m: variant.symbol for variant in variants}
-        entries += selection_rows("sm90a", weight_format, MIN_ROWS_PER_EXPERT, symbols, file)
+        limits = recorded_limits("sm90a", [variant.tile_m for variant in variants])
+        symbols = {variant.tile_m: variant.symbol for variant in variants if variant.tile_m in limits}
+        entries += selection_rows("sm90a", weight_format, limits, symbols, file)
     return files, entries
 
 

@@ -71,10 +71,12 @@ def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.T
     ]
 
 
-def launch(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> list[torch.Tensor]:
-    """Run a validated call; ``tensors`` holds the documented tensor arguments by name."""
+def launch(
+    problem: Problem, tensors: dict[str, torch.Tensor | None], entry: Entry | None = None
+) -> list[torch.Tensor]:
+    """Run a validated call by ``entry``, or the selected one; ``tensors`` holds the tensor arguments by name."""
     output = tensors["output"] if problem.do_finalize else None
-    entry = selected_entry(problem)
+    entry = entry or selected_entry(problem)
     results = new_results(problem, entry.tile_m, output is not None)
     if problem.num_tokens == 0:
         return results if output is None else [output]

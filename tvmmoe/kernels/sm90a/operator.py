@@ -56,11 +56,9 @@ class Variant:
         return replace(config, mi=1, ks=1, warpgroups=2)
 
 
-# tile_m: (mi, ks, warpgroups), and the mean rows per expert from which the tile is the fastest: measured on an H100
-# 80GB HBM3 with cold weights over 1 ... 256 rows (Qwen3-235B, gpt-oss-120b, 32 of DeepSeek-V3's 256 experts; the sweep
-# is in schedules/notes.md). Up to 96 decoding is the limit and more warps win.
+# tile_m: (mi, ks, warpgroups). Up to 96 decoding is the limit and more warps win; which tile serves which load is measured
+# (schedules/sm90a/crossovers.json).
 TILES = {8: (1, 4, 4), 16: (1, 2, 4), 32: (1, 2, 4), 64: (1, 1, 4), 96: (1, 1, 4), 256: (1, 1, 2)}
-MIN_ROWS_PER_EXPERT = {8: 0, 16: 5, 32: 12, 64: 28, 96: 56, 256: 110}
 
 
 class Arguments:

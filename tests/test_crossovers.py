@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile limits from measured times: the arithmetic, the recorded tables against the manifest, and a small measurement."""
+
+import itertools
+import json
+
+import pytest
+
+import tvmmoe
+from tvmmoe import crossovers, loader, shapes
+from tvmmoe.crossovers import min_rows_per_expert
+
+
+def record(rows, shape="a", **us):
+    """``m8=100`` is tile height 8 in 100 us."""
+    times = {name[1:]: float(value) for name, value in us.items()}
+    return dict(shape=shape, mode="bf16-mxfp4", rows_per_expert=rows, num_tokens=int(16 * rows), us=times)
+
+
+def test_limit_is_between_the_rows_where_the_best_changes():
+    records = [record(1, m8=10, m16=12), record(4, m8=20, m16=22), record(16, m8=60, m16=40)]
+    assert min_rows_per_expert(records, [8, 16]) == {8: 0, 16: 8}
+
+
+def test_shapes_weigh_by_relative_not_absolute_time():
+    records = [record(4, "small", m8=10, m16=15), record(4, "large", m8=1100, m16=1000), record(8, m8=2, m16=1)]
+    assert min_rows_per_expert(records, [8, 16]) == {8: 0, 16: pytest.approx(32**0.5, abs=1e-3)}
+
+
+def test_heights_ascend_even_where_noise_says_otherwise():
+    records = [record(1, m8=10, m16=20), record(2, m8=21, m16=20), record(3, m8=20, m16=21), record(9, m8=90, m16=30)]
+    limits = min_rows_per_expert(records, [8, 16])
+    assert list(limits) == [8, 16] and limits[16] in (pytest.approx(2**0.5, abs=1e-3), pytest.approx(27**0.5, abs=1e-3))
+
+
+def test_tile_that_is_best_nowhere_is_left_out():
+    records = [record(1, m8=10, m16=11, m32=20), record(32, m8=50, m16=41, m32=40)]
+    assert list(min_rows_per_expert(records, [8, 16, 32])) == [8, 32]
+
+
+def test_smallest_tile_serves_below_the_table():
+    assert min_rows_per_expert([record(2, m8=12, m16=10)], [8, 16]) == {8: 0, 16: 2}
+
+
+def test_least_cost_over_all_assignments():
+    """The dynamic programme against trying every ascending assignment."""
+    records = [
+        record(r, s, m8=10 + 3 * r * (1 + i), m16=20 + r * (2 + i), m32=45 - i + r)
+        for r in (1, 2, 5, 9, 20, 40)
+        for i, s in enumerate("ab")
+    ]
+    tiles, grid = [8, 16, 32], [1, 2, 5, 9, 20, 40]
+
+    def cost(given):
+        of = dict(zip(grid, given, strict=True))
+        return sum(r["us"][str(of[r["rows_per_expert"]])] / min(r["us"].values()) for r in records)
+
+    def given_by(limits):
+        return [max(tile for tile, limit in limits.items() if limit <= rows) for rows in grid]
+
+    ascending = itertools.combinations_with_replacement(tiles, len(grid))
+    assert cost(given_by(min_rows_per_expert(records, tiles))) == pytest.approx(min(map(cost, ascending)))
+
+
+def test_no_records_is_an_error():
+    with pytest.raises(tvmmoe.ArgumentError, match="records: got none"):
+        min_rows_per_expert([], [8])
+
+
+@pytest.mark.parametrize("target", ["sm90a", "x86-64-v3"])
+def test_manifest_has_the_recorded_limits(target):
+    by_format = {}
+    for entry in loader.manifest().entries:
+        if entry.target == target:
+            by_format.setdefault(entry.weight_format, {})[entry.tile_m] = entry.min_rows_per_expert
+    tiles = json.loads(crossovers.path_of(target).read_text())["rows"][0]["us"]
+    assert set(by_format) == {"mxfp4", "nvfp4"} and tiles
+    for limits in by_format.values():
+        assert limits == crossovers.recorded_limits(target, sorted(limits))
+
+
+def test_measures_and_keeps_other_shapes(monkeypatch, tmp_path, capsys):
+    tiny = dict(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2, routing_method="Renormalize")
+    monkeypatch.setattr(shapes, "shapes", lambda: dict(tiny=tiny, other=tiny))
+    path = tmp_path / "crossovers.json"
+    for shape in ("tiny", "other", "tiny"):
+        options = ["--shape", shape, "--rows", "0.01,0.25,4", "--device", "cpu", "--out", str(path)]
+        assert crossovers.main(options) == 0
+    rows = json.loads(path.read_text())["rows"]
+    # 0.01 rows an expert are no whole token
+    assert [(r["shape"], r["num_tokens"]) for r in rows] == [("other", 1), ("other", 16), ("tiny", 1), ("tiny", 16)]
+    assert all(us > 0 for r in rows for us in r["us"].values())
+    assert "tiny bf16-mxfp4 4 rows, 16 tokens: " in capsys.readouterr().out
+
+
+def test_records_of_another_device_are_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "crossovers.json"
+    path.write_text(json.dumps(dict(device="NVIDIA H100 80GB HBM3", rows=[record(1, m8=1)])))
+    before = path.read_text()
+    assert crossovers.main(["--device", "cpu", "--out", str(path)]) == 1
+    assert "holds records of NVIDIA H100" in capsys.readouterr().err
+    assert path.read_text() == before

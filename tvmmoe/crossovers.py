@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From how many rows an expert on each tile height is the fastest: ``python -m tvmmoe.crossovers``.
+
+Times every tile of this machine's artifacts over a range of rows per expert, checked and with cold weights as in the
+benchmark, and keeps the table in schedules/<target>/crossovers.json. ``python -m tvmmoe.build`` makes the ranges of the
+manifest from it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvmmoe import loader, torch_op
+from tvmmoe.arguments import validate
+from tvmmoe.bench import DEFAULTS, MODES, check, first_tokens, median_us, rotating, routings
+from tvmmoe.errors import ArgumentError, TvmMoeError
+from tvmmoe.loader import Entry
+from tvmmoe.select import targets_of
+from tvmmoe.shapes import shape_case
+from tvmmoe.testing import make_case
+
+ROWS = {
+    "cuda": (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256),
+    "cpu": (0.0625, 0.25, 0.5, 1, 2, 4, 8, 16),
+}
+SHAPES = {"cuda": ("Qwen3-235B-A22B", "gpt-oss-120b", "DeepSeek-V3-32of256"), "cpu": ("Qwen3-30B-A3B",)}
+ROUNDS = {"cuda": 5, "cpu": 3}
+
+Record = dict[str, Any]  # shape, mode, rows_per_expert, num_tokens, us by tile height
+
+
+def path_of(target: str) -> Path:
+    """Where a target's table is kept."""
+    return loader.data_dir("schedules") / target / "crossovers.json"
+
+
+def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict[int, float]:
+    """Rows per expert from which each tile serves, ascending; tiles that are best nowhere are left out.
+
+    At every measured number of rows a tile costs the mean over shapes of its time over the best tile's. Tiles are given to
+    rows so that heights ascend and the costs sum to the least; a limit lies at the geometric mean of its neighbours. The
+    smallest tile also serves below the first measured number of rows.
+    """
+    costs: dict[float, dict[int, list[float]]] = {}
+    for record in records:
+        best = min(record["us"].values())
+        for tile, us in record["us"].items():
+            costs.setdefault(record["rows_per_expert"], {}).setdefault(int(tile), []).append(us / best)
+    if not costs:
+        raise ArgumentError("records: got none, expected at least one")
+    grid = sorted(costs)
+    # total[tile]: least cost of the rows so far with ``tile`` at the last of them, and the tiles that were given
+    total: dict[int, tuple[float, list[int]]] = {tile: (0.0, []) for tile in tiles}
+    for rows in grid:
+        step = {}
+        for tile in tiles:
+            cost, given = min((total[lower] for lower in tiles if lower <= tile), key=lambda item: item[0])
+            here = costs[rows].get(tile)
+            step[tile] = (cost + (statistics.mean(here) if here else math.inf), [*given, tile])
+        total = step
+    _, given = min(total.values(), key=lambda item: item[0])
+    limits = {tiles[0]: 0.0}
+    for (low, before), (high, tile) in itertools.pairwise(zip(grid, given, strict=True)):
+        if tile != before:
+            limits[tile] = round(math.sqrt(low * high), 3)
+    if given[0] != tiles[0]:
+        limits[given[0]] = float(grid[0])
+    return dict(sorted(limits.items()))
+
+
+def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
+    """:func:`min_rows_per_expert` of the table that ships for ``target``, over all its shapes and modes: a limit of one
+    weight format alone would rest on too few shapes, and costs at most a few percent more."""
+    return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
+
+
+def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
+    """Entries worth timing: neither far too short nor far too tall for the rows."""
+    heights = sorted(entry.tile_m for entry in entries)
+    return [e for e in entries if e.tile_m >= rows / 6 and (e.tile_m <= 8 * rows or e.tile_m in heights[:2])]
+
+
+def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: torch.device) -> Iterable[Record]:
+    """One record for each number of rows at which the shape has a whole token."""
+    target = targets_of(device)[0]
+    entries = [e for e in loader.manifest().entries if e.target == target and e.weight_format == mode[1]]
+    case = shape_case(name, 1, *mode, device=str(device))
+    tokens = {rows: round(rows * case.num_experts / case.top_k) for rows in grid}
+    kwargs = make_case(shape_case(name, max(tokens.values()), *mode, device=str(device)))
+    if kwargs["routing_bias"] is not None:
+        kwargs["routing_bias"] *= 0.01  # as in the benchmark
+    for rows, num_tokens in tokens.items():
+        if num_tokens == 0:
+            continue
+        case = shape_case(name, num_tokens, *mode, device=str(device))
+        part = first_tokens(kwargs, num_tokens)
+        check(case, part)
+        logits, _, _ = routings(case, part)
+        us = {}
+        for entry in candidates(entries, rows):
+
+            def call(entry: Entry = entry, **arguments: Any) -> None:
+                arguments = {**DEFAULTS, **arguments}
+                torch_op.launch(validate(**arguments), arguments, entry)
+
+            round_us = median_us(rotating(case, part, logits, call), device, ROUNDS[device.type])
+            us[str(entry.tile_m)] = round(round_us / len(logits), 1)
+        yield dict(shape=name, mode="-".join(mode), rows_per_expert=rows, num_tokens=num_tokens, us=us)
+
+
+def write(target: str, device_name: str, records: list[Record], path: Path) -> None:
+    """Replace the records of the measured shapes and modes; those of another device are not touched, but refused.
+
+    Raises
+    ------
+    ArgumentError
+        The table was measured on another device.
+    """
+    old = json.loads(path.read_text()) if path.is_file() else dict(device=device_name, rows=[])
+    if old["device"] != device_name:
+        raise ArgumentError(f"{path} holds records of {old['device']}, this is {device_name}; name another file with --out")
+    measured = {(r["shape"], r["mode"]) for r in records}
+    rows = [r for r in old["rows"] if (r["shape"], r["mode"]) not in measured] + records
+    head = dict(target=target, device=device_name, date=time.strftime("%Y-%m-%d"))
+    lines = ",\n ".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head)[:-1] + f', "rows": [\n {lines}\n]}}\n')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tvmmoe.crossovers", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", help="of schedules/shapes.json, several with commas")
+    parser.add_argument("--mode", default="bf16-mxfp4", choices=MODES)
+    parser.add_argument("--rows", help="rows per expert, several with commas")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    target = targets_of(device)[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {target}"
+    shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
+    grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]
+    records: list[Record] = []
+    try:
+        path = options.out or path_of(target)
+        write(target, name, [], path)  # refuses before the work, not after it
+        for shape in shapes:
+            for record in measure(shape, MODES[options.mode], grid, device):
+                records.append(record)
+                best = min(record["us"], key=record["us"].get)
+                times = "  ".join(f"m{tile} {us:.0f}{'*' if tile == best else ''}" for tile, us in record["us"].items())
+                sizes = f"{record['rows_per_expert']:g} rows, {record['num_tokens']} tokens"
+                print(f"{shape} {record['mode']} {sizes}: {times}", flush=True)
+                write(target, name, records, path)
+    except TvmMoeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
