@@ -45,7 +45,7 @@ def test_sm90a_artifact_is_fresh(weight_format):
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():
     groups = {}
-    for entry in MANIFEST.entries:
+    for entry in (entry for entry in MANIFEST.entries if entry.max_rows_per_expert != 0):  # else it serves nothing
         groups.setdefault((entry.target, entry.weight_format), []).append(entry)
     assert {target for target, _ in groups} == {"x86-64", "x86-64-v3", "sm90a"}
     for entries in groups.values():

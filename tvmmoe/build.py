@@ -43,21 +43,26 @@ def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verifie
 def selection_rows(
     target: str, weight_format: WeightFormat, min_rows_per_expert: dict[int, float], symbols: dict[int, str], file: str
 ) -> list[dict[str, Any]]:
-    """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all."""
+    """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all.
+
+    A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
+    """
     quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
-    limits = [*(min_rows_per_expert[tile_m] for tile_m in symbols), None]
+    used = sorted(tile_m for tile_m in symbols if tile_m in min_rows_per_expert)
+    limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
+    ranges = dict(zip(used, zip(limits, limits[1:], strict=False), strict=True))
     return [
         {
             "target": target,
             "weight_format": weight_format.name,
             "activation_formats": [ActivationFormat.bf16.name, quantized.name],
             "tile_m": tile_m,
-            "min_rows_per_expert": limits[i],
-            "max_rows_per_expert": limits[i + 1],
+            "min_rows_per_expert": ranges.get(tile_m, (0, 0))[0],
+            "max_rows_per_expert": ranges.get(tile_m, (0, 0))[1],
             "symbol": symbol,
             "file": file,
         }
-        for i, (tile_m, symbol) in enumerate(symbols.items())
+        for tile_m, symbol in symbols.items()
     ]
 
 
@@ -79,7 +84,7 @@ def cpu_entries() -> list[dict[str, Any]]:
     limits, entries = recorded_limits(CPU_CROSSOVERS, cpu.TILE_M), []
     for level in cpu.LEVELS:
         for weight_format in WeightFormat:
-            symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in limits}
+            symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
             entries += selection_rows(level, weight_format, limits, symbols, f"cpu/fp4_block_scale_moe_{level}.so")
     return entries
 
@@ -103,7 +108,7 @@ def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dic
         digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
         files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
         limits = recorded_limits("sm90a", [variant.tile_m for variant in variants])
-        symbols = {variant.tile_m: variant.symbol for variant in variants if variant.tile_m in limits}
+        symbols = {variant.tile_m: variant.symbol for variant in variants}
         entries += selection_rows("sm90a", weight_format, limits, symbols, file)
     return files, entries
 

@@ -19,7 +19,7 @@ from tvmmoe.kernels import finalize, gather, gemm1, gemm2, neutral, permute, req
 from tvmmoe.kernels.cpu_operator import entry_symbol, operator, stage_symbol
 from tvmmoe.spaces import cpu as space
 
-TILE_M = (1, 4, 16)
+TILE_M = (1, 4, 8, 16)
 LEVELS = ("x86-64", "x86-64-v3")
 RUNTIME_SOURCE = Path(__file__).with_name("cpu_runtime.c")
 DTYPES = ("float32", "bfloat16")
