@@ -96,6 +96,15 @@ def test_nan_stays_in_its_token(activation, limit, device):
     assert actual[2].isnan().all() and torch.equal(actual[others], expected[others])
 
 
+# The CPU alone: kernels/sm90a/requantize.py drops NaN from amax.
+@pytest.mark.parametrize("activation", ActivationType)
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_one_column_of_z(mode, activation):
+    kwargs = make_case(num_tokens=5, activation=activation, has_gemm1_bias=True, **MODES[mode])
+    kwargs["gemm1_bias"][:, 3] = float("nan")
+    assert tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0].isnan().all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", Method)
 def test_nan_logit_as_the_reference(method, device):

@@ -22,8 +22,9 @@ def activate(kind: ActivationType, up, gate, scale, scale_gate, alpha, beta, lim
     if kind == ActivationType.Identity:
         return scale * up
     if kind == ActivationType.Relu2:
-        positive = T.max(scale_gate * up, T.float32(0))
-        return scale * T.Select(numerics.is_nan(up), up, positive * positive)
+        gated = scale_gate * up
+        positive = T.Select(numerics.is_nan(gated), gated, T.max(gated, T.float32(0)))
+        return scale * (positive * positive)
     up = T.Select(numerics.is_nan(up), up, T.max(T.min(up, limit), T.float32(0) - limit))
     gate = scale_gate * T.Select(numerics.is_nan(gate), gate, T.min(gate, limit))
     argument = alpha * gate

@@ -16,6 +16,11 @@ from tvmmoe.kernels import numerics
 MODES = ("bf16", "mxfp8", "nvfp4", "nvfp4_per_token")
 
 
+def _larger(amax, z):
+    """The larger magnitude of bfloat16 patterns: as integers, where NaN is above all; T.max of floats drops it."""
+    return T.max(amax, T.bitwise_and(z, T.uint16(0x7FFF)))
+
+
 def _safe(divisor):
     """``divisor``, or 1 where it is 0: the quotient of a zero block is multiplied by 0 afterwards."""
     return T.Select(divisor == T.float32(0), T.float32(1), divisor)
@@ -52,34 +57,34 @@ def requantize(mode: str):
         X = T.match_buffer(x, (nt, tile_m, ib, 2, blocks, width), "float32", align=1)
         RS = T.match_buffer(row_scale, (nt, tile_m), "float32", align=1)
         if mode == "nvfp4_per_token":
-            ROW_AMAX = T.sblock_alloc_buffer((nt, tile_m), "float32")
+            ROW_AMAX = T.sblock_alloc_buffer((nt, tile_m), "uint16")
             for t, m, kb, b, j, p in T.grid(nt, tile_m, ib, blocks, width, 2):
                 with T.sblock("row_amax"):
                     vt, vm, vkb, vb, vj, vp = T.axis.remap("SSRRRR", [t, m, kb, b, j, p])
                     with T.init():
-                        ROW_AMAX[vt, vm] = T.float32(0)
-                    ROW_AMAX[vt, vm] = T.max(ROW_AMAX[vt, vm], T.abs(numerics.bf16_to_float32(Z[vt, vm, vkb, vb, vj, vp])))
+                        ROW_AMAX[vt, vm] = T.uint16(0)
+                    ROW_AMAX[vt, vm] = _larger(ROW_AMAX[vt, vm], Z[vt, vm, vkb, vb, vj, vp])
         for t, m in T.grid(nt, tile_m):
             with T.sblock("row_scale"):
                 vt, vm = T.axis.remap("SS", [t, m])
                 if mode == "nvfp4_per_token":
-                    RS[vt, vm] = ROW_AMAX[vt, vm] / T.float32(448 * 6)
+                    RS[vt, vm] = numerics.bf16_to_float32(ROW_AMAX[vt, vm]) / T.float32(448 * 6)
                 else:
                     RS[vt, vm] = T.float32(1)
         if mode != "bf16":
-            AMAX = T.sblock_alloc_buffer((nt, tile_m, ib, blocks), "float32")
+            AMAX = T.sblock_alloc_buffer((nt, tile_m, ib, blocks), "uint16")
             SCALE = T.sblock_alloc_buffer((nt, tile_m, ib, blocks), "float32")
             for t, m, kb, b, j, p in T.grid(nt, tile_m, ib, blocks, width, 2):
                 with T.sblock("amax"):
                     vt, vm, vkb, vb, vj, vp = T.axis.remap("SSSSRR", [t, m, kb, b, j, p])
                     with T.init():
-                        AMAX[vt, vm, vkb, vb] = T.float32(0)
-                    AMAX[vt, vm, vkb, vb] = T.max(
-                        AMAX[vt, vm, vkb, vb], T.abs(numerics.bf16_to_float32(Z[vt, vm, vkb, vb, vj, vp])))
+                        AMAX[vt, vm, vkb, vb] = T.uint16(0)
+                    AMAX[vt, vm, vkb, vb] = _larger(AMAX[vt, vm, vkb, vb], Z[vt, vm, vkb, vb, vj, vp])
             for t, m, kb, b in T.grid(nt, tile_m, ib, blocks):
                 with T.sblock("scale"):
                     vt, vm, vkb, vb = T.axis.remap("SSSS", [t, m, kb, b])
-                    SCALE[vt, vm, vkb, vb] = _block_scale(mode, AMAX[vt, vm, vkb, vb], RS[vt, vm])
+                    SCALE[vt, vm, vkb, vb] = _block_scale(
+                        mode, numerics.bf16_to_float32(AMAX[vt, vm, vkb, vb]), RS[vt, vm])
         for t, m, kb, p, b, j in T.grid(nt, tile_m, ib, 2, blocks, width):
             with T.sblock("encode"):
                 vt, vm, vkb, vp, vb, vj = T.axis.remap("SSSSSS", [t, m, kb, p, b, j])

@@ -41,6 +41,11 @@ def _without_nan(method, x):
     return T.if_then_else(T.And(is_method(method, Method.Llama4), numerics.is_nan(x)), T.float32(float("-inf")), x)
 
 
+def _larger(x, maximum):
+    """``maximum`` with ``x`` taken in; NaN stays."""
+    return T.Select(T.Or(numerics.is_nan(x), maximum < x), x, maximum)
+
+
 def _weight(method, x, softmax, maximum, total, scale, renormalize):
     """Routing weight of one chosen expert before its rounding to bfloat16; ``total`` as the caller summed it."""
     sigmoid = numerics.sigmoid_exact(_without_nan(method, x))
@@ -109,7 +114,7 @@ def route(logits_dtype: str, bias_dtype: str):
                         T.if_then_else(has_bias != 0, T.if_then_else(
                             n_group > 1, numerics.bf16_to_float32(rounded_bias(B[T.min(e, n_bias - T.int64(1))])),
                             bias_value(B[T.min(e, n_bias - T.int64(1))])), T.float32(0)))
-                    maximum[0] = T.max(maximum[0], logit(X[vt, e]))
+                    maximum[0] = _larger(logit(X[vt, e]), maximum[0])
                 if is_method(method, Method.Default):
                     total[0] = T.float64(0)
                     for e in range(num_experts):
