@@ -143,15 +143,27 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def weight_bytes_per_expert(case: Case) -> int:
     """FP4 bytes of one expert: both projections with their block scales."""
+    block_size = case.weight_format.block_size
+    return weights_per_expert(case) * (block_size + 2) // (2 * block_size)
+
+
+def weights_per_expert(case: Case) -> int:
+    """Elements of both projections of one expert."""
     matrices = (2 if case.activation.is_gated else 1) + 1
-    return matrices * case.intermediate_size * case.hidden_size * (case.weight_format.block_size + 2) // (
-        2 * case.weight_format.block_size
-    )
+    return matrices * case.intermediate_size * case.hidden_size
 
 
-def first_tokens(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
-    """The same call on the first ``count`` tokens."""
-    return kwargs | {name: kwargs[name][:count] for name in PER_TOKEN if kwargs[name] is not None}
+def shape_call(name: str, num_tokens: int, mode: tuple[str, str], device: str) -> dict[str, Any]:
+    """Arguments of a shape's call on random data."""
+    kwargs = make_case(shape_case(name, num_tokens, *mode, device=device))
+    if kwargs["routing_bias"] is not None:
+        kwargs["routing_bias"] *= 0.01  # a trained bias balances the experts; a random one would starve some
+    return kwargs
+
+
+def of_tokens(kwargs: dict[str, Any], index: slice | torch.Tensor) -> dict[str, Any]:
+    """The same call on some of its tokens."""
+    return kwargs | {name: kwargs[name][index] for name in PER_TOKEN if kwargs[name] is not None}
 
 
 def routings(case: Case, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[set[int]], float]:
@@ -187,8 +199,7 @@ def check(case: Case, kwargs: dict[str, Any]) -> float:
     sample = torch.arange(case.num_tokens, device=case.device)
     if case.num_tokens > CHECKED_TOKENS:
         sample = torch.linspace(0, case.num_tokens - 1, CHECKED_TOKENS, device=case.device).long()
-    part = kwargs | {name: kwargs[name][sample] for name in PER_TOKEN if kwargs[name] is not None}
-    (expected,) = reference.moe_ref(**part)
+    (expected,) = reference.moe_ref(**of_tokens(kwargs, sample))
     error = rel_l2(actual[sample], expected)
     assert error <= case.tolerance, f"{case.label}: relative L2 error {error:.2e} exceeds {case.tolerance:.0e}"
     return error
@@ -247,7 +258,7 @@ def host_us(kwargs: dict[str, Any], num_calls: int = 50) -> float:
     return min(times)
 
 
-def stage_times(case: Case, kwargs: dict[str, Any], logits: list[torch.Tensor]) -> dict[str, float]:
+def stage_times(kwargs: dict[str, Any], logits: list[torch.Tensor]) -> dict[str, float]:
     """Median time of each kernel, in launch order, without programmatic dependent launch so that none overlap."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -272,7 +283,7 @@ def _stage_of(kernel_name: str) -> str:
 def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], options: argparse.Namespace) -> Row:
     """Check and time one cell; ``kwargs`` may hold more tokens than the case."""
     device = torch.device(case.device)
-    kwargs = first_tokens(kwargs, case.num_tokens)
+    kwargs = of_tokens(kwargs, slice(case.num_tokens))
     logits, active, pairs = routings(case, kwargs)
     kwargs["routing_logits"] = logits[0]
     extra = extra_bytes(kwargs, device)
@@ -280,10 +291,9 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     us = median_us(rotating(case, kwargs, logits), device, options.rounds) / NUM_ROUTINGS
     expert_bytes = weight_bytes_per_expert(case)
     num_bytes = expert_bytes * statistics.mean(len(experts) for experts in active)
-    matrices = (2 if case.activation.is_gated else 1) + 1
-    flops = 2.0 * pairs * matrices * case.hidden_size * case.intermediate_size
+    flops = 2.0 * pairs * weights_per_expert(case)
     floor = max(num_bytes / machine.copy_gb_per_s * 1e-3, flops / machine.bf16_tflop_per_s * 1e-6)
-    entry = torch_op.selected_entry(validate(**{**DEFAULTS, **kwargs}))
+    entry = torch_op.selected_entry(validate(**kwargs))
     public = _public_times().get(name, {}) if options.mode == ("bf16", "mxfp4") and "H100" in machine.name else {}
     return Row(
         shape=name,
@@ -301,13 +311,8 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
         host_us=host_us(kwargs) if device.type == "cuda" else None,
         public_us=public.get(str(case.num_tokens)),
         dequantize_matmul_us=median_us(lambda: dequantize_matmul(**kwargs), device, 3) if options.baseline else None,
-        stages_us=stage_times(case, kwargs, logits) if options.stages else None,
+        stages_us=stage_times(kwargs, logits) if options.stages else None,
     )
-
-
-DEFAULTS = dict(
-    per_token_scale=None, do_finalize=True, enable_pdl=None, output=None, tune_max_num_tokens=8192, routing_replay_out=None
-)
 
 
 def _public_times() -> dict[str, dict[str, float]]:
@@ -394,9 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, status = [], 0
     for name in options.shape:
         try:
-            kwargs = make_case(shape_case(name, max(options.tokens), *options.mode, device=options.device))
-            if kwargs["routing_bias"] is not None:
-                kwargs["routing_bias"] *= 0.01  # a trained bias balances the experts; a random one would starve some
+            kwargs = shape_call(name, max(options.tokens), options.mode, options.device)
             for num_tokens in options.tokens:
                 case = shape_case(name, num_tokens, *options.mode, device=options.device)
                 rows.append(measure(machine, name, case, kwargs, options))

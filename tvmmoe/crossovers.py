@@ -21,12 +21,11 @@ import torch
 
 from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
-from tvmmoe.bench import DEFAULTS, MODES, check, first_tokens, median_us, rotating, routings
+from tvmmoe.bench import MODES, check, median_us, of_tokens, rotating, routings, shape_call
 from tvmmoe.errors import ArgumentError, TvmMoeError
 from tvmmoe.loader import Entry
 from tvmmoe.select import targets_of
 from tvmmoe.shapes import shape_case
-from tvmmoe.testing import make_case
 
 ROWS = {
     "cuda": (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256),
@@ -95,21 +94,19 @@ def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: tor
     entries = [e for e in loader.manifest().entries if e.target == target and e.weight_format == mode[1]]
     case = shape_case(name, 1, *mode, device=str(device))
     tokens = {rows: round(rows * case.num_experts / case.top_k) for rows in grid}
-    kwargs = make_case(shape_case(name, max(tokens.values()), *mode, device=str(device)))
-    if kwargs["routing_bias"] is not None:
-        kwargs["routing_bias"] *= 0.01  # as in the benchmark
+    kwargs = shape_call(name, max(tokens.values()), mode, str(device))
     for rows, num_tokens in tokens.items():
         if num_tokens == 0:
             continue
         case = shape_case(name, num_tokens, *mode, device=str(device))
-        part = first_tokens(kwargs, num_tokens)
+        part = of_tokens(kwargs, slice(num_tokens))
         check(case, part)
         logits, _, _ = routings(case, part)
         us = {}
         for entry in candidates(entries, rows):
 
             def call(entry: Entry = entry, **arguments: Any) -> None:
-                arguments = {**DEFAULTS, **arguments}
+                arguments = torch_op.with_defaults(**arguments)
                 torch_op.launch(validate(**arguments), arguments, entry)
 
             round_us = median_us(rotating(case, part, logits, call), device, ROUNDS[device.type])

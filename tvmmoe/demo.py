@@ -59,7 +59,7 @@ class Layer:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The module's, or in plain torch: [T, H] to [T, H]."""
         if self.module is None:
-            return plain_moe(self, x, self.logits(x), lambda e: (self.gate_up[e], self.down[e]))
+            return plain_moe(self, x)
         out = self.module(x[None])
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -68,21 +68,19 @@ class Layer:
         return F.linear(x, self.router, *self.biases[:1])
 
 
-def plain_moe(layer: Layer, x: torch.Tensor, logits: torch.Tensor, expert: Callable[[int], Any]) -> torch.Tensor:
-    """The layer in torch; ``expert`` gives one expert's [up; gate] and down weights, in the dtype of ``x``."""
-    case, (values, ids) = layer.case, logits.float().topk(layer.case.top_k)
+def plain_moe(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The layer in torch; rows of gate_up are [up; gate]."""
+    case, (values, ids) = layer.case, layer.logits(x).float().topk(layer.case.top_k)
     weights = values.softmax(dim=1).bfloat16()
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in ids.unique().tolist():
         token, slot = (ids == e).nonzero(as_tuple=True)
-        (w1, w2), b1, b2 = expert(e), None, None
-        if layer.biases:
-            b1, b2 = layer.to_up_gate(layer.biases[1][e], 0).to(x.dtype), layer.biases[2][e].to(x.dtype)
-        up, gate = F.linear(x[token], w1, b1).chunk(2, dim=1)
+        b1, b2 = (bias[e] for bias in layer.biases[1:]) if layer.biases else (None, None)
+        up, gate = F.linear(x[token], layer.gate_up[e], b1).chunk(2, dim=1)
         if case.clamp_limit is not None:
             up, gate = up.clamp(-case.clamp_limit, case.clamp_limit), gate.clamp(max=case.clamp_limit)
         z = (up + (case.beta or 0.0)) * gate * torch.sigmoid(gate * (case.alpha or 1.0))
-        out.index_add_(0, token, F.linear(z, w2, b2).float() * weights[token, slot, None])
+        out.index_add_(0, token, F.linear(z, layer.down[e], b2).float() * weights[token, slot, None])
     return out.bfloat16()
 
 
@@ -242,12 +240,12 @@ def run(name: str, case: Case, num_tokens: list[int]) -> bool:
     print(f"\n{name}: {layer.source}, random weights")
     print(f"hidden size {case.hidden_size}, intermediate size {case.intermediate_size}, {experts}, top {case.top_k}")
     print(COLUMNS.format(*HEADER), flush=True)
-    is_right, bound = True, BOUND[case.activation_format]
+    is_right, bound, dtype = True, BOUND[case.activation_format], fastest_dtype(torch.device(case.device))
     for count in num_tokens:
         tokens, x = draw_tokens(layer, count)
         call = functools.partial(tvmmoe.trtllm_fp4_block_scale_moe, **kwargs | tokens)
         error = rel_l2(call()[0], layer.forward(x))
-        plain = functools.partial(dequantize_matmul, fastest_dtype(x.device), **call.keywords)
+        plain = functools.partial(dequantize_matmul, dtype, **call.keywords)
         ms, plain_ms = (1e-3 * median_us(f, x.device, n) for f, n in zip((call, plain), ROUNDS[x.device.type], strict=True))
         entry = torch_op.selected_entry(validate(**call.keywords))
         numbers = f"{error:.1e}", f"{ms:.3f}", f"{plain_ms:.3f}", f"{plain_ms / ms:.1f}x"

@@ -83,7 +83,7 @@ def launch(
     if problem.do_finalize:
         written = {"output": results[0] if output is None else output}
     else:
-        written = dict(zip(_RESULTS[1:], results, strict=True))
+        written = dict(zip(_PIECES, results, strict=True))
     function, set_num_threads = _function(entry)
     workspace = torch.empty(entry_workspace_bytes(problem, entry), dtype=torch.uint8, device=problem.device)
     if set_num_threads is not None:
@@ -93,13 +93,14 @@ def launch(
         if (tensor := tensors[name]) is not None:
             addresses[index] = tensor.data_ptr()
     for name, tensor in written.items():
-        addresses[abi.POINTERS.index(name)] = tensor.data_ptr()
+        addresses[_RESULTS[name]] = tensor.data_ptr()
     with _device_guard(problem.device):
         function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
     return results if output is None else [output]
 
 
-_RESULTS = ("output", "gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")
+_PIECES = ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")  # of do_finalize=False
+_RESULTS = {name: abi.POINTERS.index(name) for name in ("output", *_PIECES)}
 _INPUTS = tuple((name, i) for i, name in enumerate(abi.POINTERS) if name not in _RESULTS)
 
 
@@ -136,6 +137,15 @@ def _ints(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> tuple[in
 
 
 _ARGUMENTS = inspect.signature(validate)
+
+
+def with_defaults(**arguments: Any) -> dict[str, Any]:
+    """All arguments of a call that leaves some to their defaults."""
+    bound = _ARGUMENTS.bind(**arguments)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 _SCHEMA = """(
     Tensor routing_logits, Tensor? routing_bias, Tensor hidden_states, Tensor? hidden_states_scale,
     Tensor gemm1_weights, Tensor gemm1_weights_scale, Tensor? gemm1_bias, Tensor? gemm1_alpha, Tensor? gemm1_beta,

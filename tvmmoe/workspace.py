@@ -23,6 +23,15 @@ class Slice(NamedTuple):
     num_bytes: Any
 
 
+def pack(sizes: dict[str, Any]) -> tuple[dict[str, Slice], Any]:
+    """Aligned slices of these numbers of bytes, one after another, and the bytes that they take together."""
+    slices, offset = {}, 0
+    for name, num_bytes in sizes.items():
+        slices[name] = Slice(offset, num_bytes)
+        offset = offset + (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return slices, offset
+
+
 def cpu_slices(
     num_tokens: Any,
     top_k: Any,
@@ -37,7 +46,7 @@ def cpu_slices(
     pairs = num_tokens * top_k
     num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
     rows = num_tiles * tile_m
-    sizes = {
+    return pack({
         "topk_ids": pairs * 4,
         "expert_weights": pairs * 2,
         "expanded_idx_to_permuted_idx": pairs * 4,
@@ -49,9 +58,4 @@ def cpu_slices(
         "operand": rows * maximum(hidden_size, intermediate_size) * 4,  # of gemm1, then of gemm2
         "z": rows * intermediate_size * 2,
         "gemm2_output": rows * hidden_size * 2,
-    }
-    slices, offset = {}, 0
-    for name, num_bytes in sizes.items():
-        slices[name] = Slice(offset, num_bytes)
-        offset = offset + (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    return slices, offset
+    })  # fmt: skip

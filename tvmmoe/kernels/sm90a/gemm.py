@@ -128,10 +128,6 @@ class GemmConfig:
         """Words of weights a fragment row that one wgmma group multiplies."""
         return 2 if self.tile_m * self.mi <= 16 else 1
 
-    @property
-    def label(self) -> str:
-        return f"{self.weight_format.name}_m{self.tile_m}_mi{self.mi}_ks{self.ks}_wg{self.warpgroups}"
-
 
 class Tile(NamedTuple):
     """Where a CTA works."""

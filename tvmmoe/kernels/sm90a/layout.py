@@ -13,7 +13,7 @@ and whoever writes an activation (gather, gemm1) writes it in this order, with r
 from collections.abc import Callable
 from typing import Any
 
-from tvmmoe.workspace import ALIGNMENT, Slice, max_num_tiles
+from tvmmoe.workspace import Slice, max_num_tiles, pack
 
 K_BLOCK = 128
 PAIRS_PER_CTA = 1024  # of permute: (token, slot) pairs that one CTA ranks
@@ -48,7 +48,7 @@ def slices(
     num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
     rows = num_tiles * tile_m
     num_chunks = (pairs + PAIRS_PER_CTA - 1) // PAIRS_PER_CTA
-    sizes = {
+    result, total = pack({
         "topk_ids": pairs * 4,
         "expert_weights": pairs * 2,
         "expanded_idx_to_permuted_idx": pairs * 4,
@@ -59,13 +59,9 @@ def slices(
         "row_scale": rows * 4,
         "x": rows * padded(hidden_size) * 2,
         "z": rows * padded(intermediate_size) * 2,
-    }
-    result, offset = {}, 0
-    for name, num_bytes in sizes.items():
-        result[name] = Slice(offset, num_bytes)
-        offset = offset + (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    })  # fmt: skip
     result["gemm2_output"] = result["x"]
-    return result, offset
+    return result, total
 
 
 def workspace_bytes(
