@@ -16,6 +16,7 @@ import tvm_ffi
 from tvm.backend.cuda import export_cuda_host
 
 from tvmmoe.config import WeightFormat
+from tvmmoe.kernels.sm90a.gemm import GemmConfig
 from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
 from tvmmoe.kernels.sm90a.trace import kernel_names
 
@@ -51,7 +52,8 @@ static inline CUresult tvmmoe_error_string(CUresult, const char** text) {
 
 def variants(weight_format: WeightFormat) -> list[Variant]:
     """The shipped variants of one weight format."""
-    return [Variant(weight_format, tile_m, *choices) for tile_m, choices in TILES.items()]
+    configs = [GemmConfig(weight_format, tile_m, *choices) for tile_m, choices in TILES.items()]
+    return [Variant(config, config) for config in configs]
 
 
 def file_name(weight_format: WeightFormat) -> str:

@@ -63,18 +63,15 @@ PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Compile-time choices of one GEMM kernel."""
+    """Compile-time choices of one GEMM kernel: what tuning decides (tvmmoe.tuning)."""
 
     weight_format: WeightFormat
     tile_m: int  # tokens of a tile, wgmma's N
     mi: int  # 64-row fragments a warpgroup
     ks: int  # warpgroups that share rows and split K
-    warpgroups: int = 2  # consumers
-
-    @property
-    def k_blocks(self) -> int:
-        """K blocks of a pipeline stage: one a warpgroup that splits K; two where shared memory still holds 4 stages."""
-        return 4 if self.ks == 2 and self.tile_m <= 16 else self.ks
+    warpgroups: int  # consumers
+    k_blocks: int  # of a pipeline stage, a multiple of ks
+    max_stages: int = MAX_STAGES
 
     @property
     def row_groups(self) -> int:
@@ -155,7 +152,7 @@ class GroupedGemm:
         self.partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0  # of a warpgroup
         self.partial_total = 2 * c.row_groups * (c.ks - 1) * self.partial_words  # two tiles' worth
         free = SMEM_BYTES - BARRIER_BYTES - self.out_bytes - self.partial_total * 4
-        self.stages = min(MAX_STAGES, free // (self.x_stage + self.w_stage + self.s_stage))
+        self.stages = min(c.max_stages, free // (self.x_stage + self.w_stage + self.s_stage))
         self.acc_count = c.tile_m // 2
         assert self.stages >= 2, c
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.

@@ -38,27 +38,31 @@ _LAUNCH_PARAMS = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_la
 class Variant:
     """Compile-time choices of one artifact entry."""
 
-    weight_format: WeightFormat
-    tile_m: int
-    mi: int = 1
-    ks: int = 1
-    warpgroups: int = 2
+    gemm1: GemmConfig
+    gemm2: GemmConfig
+
+    def __post_init__(self) -> None:
+        same = ("weight_format", "tile_m")
+        assert all(getattr(self.gemm1, name) == getattr(self.gemm2, name) for name in same), self
+
+    @property
+    def tile_m(self) -> int:
+        return self.gemm1.tile_m
 
     @property
     def symbol(self) -> str:
-        return f"fp4_block_scale_moe_{self.weight_format.name}_m{self.tile_m}"
+        return f"fp4_block_scale_moe_{self.gemm1.weight_format.name}_m{self.tile_m}"
 
-    def gemm(self, is_gated: bool = True) -> GemmConfig:
-        """A GEMM's configuration; without a gate a tile of gemm1 has at most one 128-block of z rows."""
-        config = GemmConfig(self.weight_format, self.tile_m, self.mi, self.ks, self.warpgroups)
-        if is_gated or config.rows <= 128:
-            return config
-        return replace(config, mi=1, ks=1, warpgroups=2)
+    @property
+    def ungated_gemm1(self) -> GemmConfig:
+        """Without a gate a tile of gemm1 has at most one 128-block of z rows."""
+        config = self.gemm1
+        return config if config.rows <= 128 else replace(config, mi=1, ks=1, warpgroups=2, k_blocks=1)
 
 
-# tile_m: (mi, ks, warpgroups). Up to 96 decoding is the limit and more warps win; which tile serves which load is measured
-# (schedules/sm90a/crossovers.json).
-TILES = {8: (1, 4, 4), 16: (1, 2, 4), 32: (1, 2, 4), 64: (1, 1, 4), 96: (1, 1, 4), 256: (1, 1, 2)}
+# tile_m: (mi, ks, warpgroups, k_blocks). Up to 96 decoding is the limit and more warps win; which tile serves which load
+# is measured (schedules/sm90a/crossovers.json).
+TILES = {8: (1, 4, 4, 4), 16: (1, 2, 4, 4), 32: (1, 2, 4, 2), 64: (1, 1, 4, 1), 96: (1, 1, 4, 1), 256: (1, 1, 2, 1)}
 
 
 class Arguments:
@@ -100,7 +104,7 @@ def operator(variant: Variant) -> tvm.tirx.PrimFunc:
 
 
 def _launch_all(a: Arguments, variant: Variant) -> None:
-    formats = _activation_formats(variant.weight_format)
+    formats = _activation_formats(variant.gemm1.weight_format)
 
     def by_format(emit):
         for form in formats:
@@ -121,8 +125,8 @@ def _launch_all(a: Arguments, variant: Variant) -> None:
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     if_else(
         is_gated,
-        lambda: gemm1(a, variant.gemm(), True),
-        lambda: gemm1(a, variant.gemm(is_gated=False), False),
+        lambda: gemm1(a, variant.gemm1, True),
+        lambda: gemm1(a, variant.ungated_gemm1, False),
     )
     quantized = formats[1]
     with if_(a.activation_format == int(quantized)):
@@ -134,6 +138,6 @@ def _launch_all(a: Arguments, variant: Variant) -> None:
                 lambda: requantize(a, quantized, True, variant.tile_m),
                 lambda: requantize(a, quantized, False, variant.tile_m),
             )
-    gemm2(a, variant.gemm())
+    gemm2(a, variant.gemm2)
     with if_(a.do_finalize != 0):
         finalize(a)
