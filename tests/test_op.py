@@ -96,13 +96,23 @@ def test_nan_stays_in_its_token(activation, limit, device):
     assert actual[2].isnan().all() and torch.equal(actual[others], expected[others])
 
 
-# The CPU alone: kernels/sm90a/requantize.py drops NaN from amax.
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ActivationType)
 @pytest.mark.parametrize("mode", MODES)
-def test_nan_in_one_column_of_z(mode, activation):
-    kwargs = make_case(num_tokens=5, activation=activation, has_gemm1_bias=True, **MODES[mode])
+def test_nan_in_one_column_of_z(mode, activation, device):
+    kwargs = make_case(num_tokens=5, activation=activation, has_gemm1_bias=True, device=device, **MODES[mode])
     kwargs["gemm1_bias"][:, 3] = float("nan")
     assert tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_tokens", [1, 300])
+@pytest.mark.parametrize("weight_format", W)
+def test_nan_block_scale_of_weights(weight_format, num_tokens, device):
+    kwargs = make_case(num_tokens=num_tokens, weight_format=weight_format, device=device)
+    kwargs["gemm2_weights_scale"].view(torch.uint8)[:, 3, 1] = 255 if weight_format == W.mxfp4 else 127
+    (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    assert actual[:, 3].isnan().all() and not actual[:, :3].isnan().any()
 
 
 @pytest.mark.parametrize("device", DEVICES)

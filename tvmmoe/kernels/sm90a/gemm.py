@@ -14,13 +14,12 @@
 
 A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps; its empty barrier
 one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
-zero. A tile multiplies and loads only as many token columns as its rows need (``widths``).
+zero. A tile multiplies (``widths``) and loads (``token_box``) only as many token columns as its rows need.
 
 A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +57,9 @@ SMEM_BYTES = 227 * 1024
 MAX_STAGES = 16
 BARRIER_BYTES = 512
 SCALE_LANES = 96  # three warps copy scales
+# wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
+# every wgmma (C7512); finer ones did not pay there anyway.
+WIDTHS = {64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 256: (64, 96, 128, 160, 192, 224, 256)}
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
 
 
@@ -92,13 +94,13 @@ class GemmConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """wgmma widths, ascending: a tile takes the smallest that holds its rows. Below 64 decoding is the limit."""
-        return {96: (64, 96), 256: tuple(range(64, 257, 32))}.get(self.tile_m, (self.tile_m,))
+        """wgmma widths, ascending: a tile takes the smallest that holds its rows."""
+        return WIDTHS.get(self.tile_m, (self.tile_m,))
 
     @property
     def token_box(self) -> int:
-        """Token rows of one TMA box."""
-        return math.gcd(*self.widths)
+        """Token rows of one TMA box, about an eighth of a tile of several widths; a tile loads whole boxes."""
+        return self.tile_m if len(self.widths) == 1 else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
 
     @property
     def scale_bytes(self) -> int:
@@ -124,6 +126,14 @@ class GemmConfig:
     def words_per_group(self) -> int:
         """Words of weights a fragment row that one wgmma group multiplies."""
         return 2 if self.tile_m * self.mi <= 16 else 1
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether a warpgroup decodes while its own last group multiplies.
+
+        Four that own different rows overlap each other: there a second set of fragments only takes registers.
+        """
+        return self.warpgroups == 2 or self.ks > 1
 
 
 class Tile(NamedTuple):
@@ -269,11 +279,8 @@ class GroupedGemm:
     def _token_bytes(self, tile: Tile):
         """Bytes of token columns that a stage of this tile loads."""
         c = self.c
-        width = scalar("int32", T.int32(c.widths[-1]))
-        for smaller in reversed(c.widths[:-1]):
-            with if_(tile.num_rows <= smaller):
-                assign(width, T.int32(smaller))
-        return let(width * (2 * K_BLOCK * c.k_blocks))
+        rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
+        return let(rows * (2 * K_BLOCK * c.k_blocks))
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -331,7 +338,7 @@ class GroupedGemm:
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
         self.acc = [regs(self.acc_count, "float32") for _ in range(c.mi)]
-        self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(2)]
+        self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(1 + c.is_overlapped)]
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
         self.k_sub, self.row_group = let(self.warpgroup % c.ks), let(self.warpgroup // c.ks)
@@ -410,7 +417,7 @@ class GroupedGemm:
         multipliers = isa.Ue8m0Multipliers(raw) if is_mx else isa.E4m3Multipliers(raw)
         per_group = c.words_per_group
         for word in range(0, 4, per_group):
-            fragments = self.fragments[word // per_group % 2]
+            fragments = self.fragments[word // per_group % len(self.fragments)]
             self._decode(word, fragments, multipliers)
             ptx.wgmma.fence.sync.aligned()
             for step in range(2 * per_group):
@@ -420,7 +427,7 @@ class GroupedGemm:
                 for mi in range(c.mi):
                     isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], descriptor, True)
             ptx.wgmma.commit_group.sync.aligned()
-            ptx.wgmma.wait_group.sync.aligned(1)
+            ptx.wgmma.wait_group.sync.aligned(len(self.fragments) - 1)
             if block == word == 0:  # everything issued for the previous stage has retired
                 self._release_previous()
 

@@ -6,7 +6,7 @@ subnormal and multiplies as one). One mul.bf16x2 by 2^126 * scale then gives e2m
 
     mxfp4  2^126 * 2^(b-127) = 2^(b-1) is finite for b <= 128. Larger bytes take two multiplications, 2^126 and
            2^(b-127), in a branch that a warp enters only if it holds such a byte and decodes again; so every b from 0
-           to 254 is right.
+           to 254 is right and 255 is NaN.
     nvfp4  2^126 * e4m3 overflows from 4 on, so the multiplier is 2^(126 - NVFP4_SHIFT) * e4m3 (448 * 2^118 is finite)
            and the accumulators carry 2^-NVFP4_SHIFT, which the epilogue undoes.
 """
@@ -83,9 +83,10 @@ class Ue8m0Multipliers:
         return self._first[row]
 
     def second(self, row: int):
-        """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127."""
+        """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127, b = 255 is NaN."""
         byte = self._bytes[row]
-        return let(T.Select(byte == u32(0), u32(0x00400040), byte * u32(0x00800080)))
+        nan = ((byte + u32(1)) >> u32(8)) * u32(0x007F007F)  # arithmetic: predicates are short in the main loop
+        return let(T.max(byte * u32(0x00800080), u32(0x00400040)) + nan)
 
 
 class E4m3Multipliers:

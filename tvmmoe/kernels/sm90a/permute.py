@@ -9,8 +9,8 @@
         index = pairs of e in earlier chunks + in earlier warps + in earlier lanes (match.any)
         row = tile_m * (first_tile[e] + index // share) + index % share
 
-An expert's tiles share its rows evenly, to whole boxes of 32: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
-last tile would cost far more than its rows. Tiles up to 64 rows have one width and are filled.
+An expert's tiles share its rows evenly, to whole widths: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
+last tile would cost far more than its rows. Tiles up to 32 rows have one width and are filled.
 
 Local experts ascend; inside an expert rows follow expanded_idx. The pair on a tile's first row describes the tile.
 """
@@ -103,10 +103,11 @@ def _exclusive_scan(value, thread, sums):
 
 def rows_per_tile(rows, tile_m: int):
     """Rows of each of an expert's tiles but the last."""
-    if tile_m <= 64:
+    if tile_m <= 32:
         return T.int32(tile_m)
+    step = 32 if tile_m == 256 else 8  # between its widths (gemm.WIDTHS)
     tiles = (rows + tile_m - 1) // tile_m
-    return ((rows + tiles - 1) // tiles + 31) // 32 * 32
+    return ((rows + tiles - 1) // tiles + (step - 1)) // step * step
 
 
 def scatter(a, tile_m: int) -> None:

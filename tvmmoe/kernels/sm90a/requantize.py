@@ -39,6 +39,7 @@ from tvmmoe.kernels.sm90a.trace import (
     store_to,
     store_vec4,
     u32,
+    warp_max_s32,
 )  # fmt: skip
 
 THREADS = 128
@@ -80,11 +81,16 @@ def _store_columns(a, thread, row_base, segment, values, is_inside) -> None:
             store_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m), words)
 
 
-def _amax(values, first: int, count: int):
-    amax = scalar("float32", T.float32(0))
+def _amax_bits(values, first: int, count: int):
+    """Largest magnitude as an integer, where NaN is above all; the largest of floats drops it."""
+    amax = scalar("int32", T.int32(0))
     for i in range(first, first + count):
-        assign(amax, T.max(amax, T.abs(values[i])))
+        assign(amax, T.max(amax, bits(let(values[i]), "int32") & T.int32(0x7FFFFFFF)))
     return amax
+
+
+def _amax(values, first: int, count: int):
+    return let(bits(_amax_bits(values, first, count), "float32"))
 
 
 def _round_mxfp8(values) -> None:
@@ -111,17 +117,17 @@ def _round_nvfp4(values, row_scale) -> None:
 
 def _row_amax(a, thread, row_base, segments, width, partial):
     """Largest magnitude of the row, known to every thread."""
-    amax = scalar("float32", T.float32(0))
+    amax = scalar("int32", T.int32(0))
     with for_(segments) as segment:
         values, _ = _load_columns(a, thread, row_base, segment, width)
-        assign(amax, T.max(amax, _amax(values, 0, 32)))
-    assign(amax, T.cuda.warp_max(amax))
+        assign(amax, T.max(amax, _amax_bits(values, 0, 32)))
+    assign(amax, warp_max_s32(amax))
     with if_(thread.lane == 0):
         I.buffer_store(partial, amax, [thread.warp])
     cuda.cta_sync()
     for warp in range(THREADS // 32):
         assign(amax, T.max(amax, partial[warp]))
-    return amax
+    return let(bits(amax, "float32"))
 
 
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
@@ -129,7 +135,7 @@ def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
     width = padded(a.intermediate_size)
     with kernel(f"requantize_{form.name}{'_per_token' * per_token}", cast(a.max_tiles * tile_m, "int32"), THREADS) as thread:
         smem = Smem()
-        partial = smem.alloc(THREADS // 32, "float32")
+        partial = smem.alloc(THREADS // 32, "int32")
         smem.commit()
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
