@@ -100,3 +100,31 @@ def test_records_of_another_device_are_not_overwritten(tmp_path, capsys):
     assert crossovers.main(["--device", "cpu", "--out", str(path)]) == 1
     assert "holds records of NVIDIA H100" in capsys.readouterr().err
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--rows", "1,many"], "--rows: got '1,many', expected numbers"),
+        (["--device", "cuda"], "--device: got cuda, expected cpu"),
+        (["--mode", "bf16-fp8"], "invalid choice"),
+    ],
+)
+def test_wrong_options_are_one_line(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(crossovers.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        crossovers.main(options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, tmp_path, capsys):
+    def wrong(case, kwargs):
+        raise AssertionError("relative L2 is 0.5")
+
+    monkeypatch.setattr(crossovers, "check", wrong)
+    path = tmp_path / "crossovers.json"
+    options = ["--shape", "Qwen3-30B-A3B", "--rows", "0.0625", "--device", "cpu", "--out", str(path)]
+    monkeypatch.setattr(shapes, "shapes", lambda: {"Qwen3-30B-A3B": dict(
+        hidden_size=64, intermediate_size=64, num_experts=32, top_k=2, routing_method="Renormalize")})  # fmt: skip
+    assert crossovers.main(options) == 1
+    assert "relative L2 is 0.5" in capsys.readouterr().err and json.loads(path.read_text())["rows"] == []

@@ -143,12 +143,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device: got {options.device}, expected cpu: torch sees no CUDA device")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     target = targets_of(device)[0]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
-    grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]
+    try:
+        grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]
+    except ValueError:
+        parser.error(f"--rows: got {options.rows!r}, expected numbers separated by commas")
     records: list[Record] = []
     try:
         path = options.out or path_of(target)
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
                 sizes = f"{record['rows_per_expert']:g} rows, {record['num_tokens']} tokens"
                 print(f"{shape} {record['mode']} {sizes}: {times}", flush=True)
                 write(target, name, records, path)
-    except TvmMoeError as error:
+    except (TvmMoeError, AssertionError) as error:  # the second: a result was wrong
         print(error, file=sys.stderr)
         return 1
     return 0
