@@ -155,14 +155,18 @@ class GroupedGemm:
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
         self.s_stage = c.rows * (c.stage_scale_bytes + 4)
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
-        self.chunk_m = min(c.tile_m, 32)  # tokens that pass through shared memory at a time
         self.out_columns = c.mi * 32 * problem.matrices  # of a warpgroup
         self.pitch = self.out_columns * 2 + 16
-        self.out_bytes = c.warpgroups * self.chunk_m * self.pitch
         self.partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0  # of a warpgroup
         self.partial_total = 2 * c.row_groups * (c.ks - 1) * self.partial_words  # two tiles' worth
-        free = SMEM_BYTES - BARRIER_BYTES - self.out_bytes - self.partial_total * 4
-        self.stages = min(c.max_stages, free // (self.x_stage + self.w_stage + self.s_stage))
+        free = SMEM_BYTES - BARRIER_BYTES - self.partial_total * 4
+        per_token = c.warpgroups * self.pitch
+        stage_bytes = self.x_stage + self.w_stage + self.s_stage
+        # Tokens that pass through shared memory at a time: 32, or fewer where that makes room for another stage.
+        self.stages, self.chunk_m = max(
+            (min(c.max_stages, (free - m * per_token) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
+        )
+        self.out_bytes = self.chunk_m * per_token
         self.acc_count = c.tile_m // 2
         assert self.stages >= 2, c
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
