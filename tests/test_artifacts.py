@@ -60,10 +60,10 @@ def test_both_cpu_levels_agree(target, monkeypatch):
 
     kwargs = make_case(num_tokens=21)
     (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
-    torch_op.selected_entry.cache_clear()
+    torch_op.selected_plan.cache_clear()
     monkeypatch.setattr(torch_op, "targets_of", lambda device: (target,))
     (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
-    torch_op.selected_entry.cache_clear()
+    torch_op.selected_plan.cache_clear()
     assert rel_l2(actual, expected) < 4e-3
 
 
@@ -85,10 +85,10 @@ def test_other_abi_is_refused(tmp_path):
 
 def test_device_without_artifact_is_named(monkeypatch):
     monkeypatch.setattr(torch_op, "select", lambda source, targets, problem: select(source, ("sm75a",), problem))
-    torch_op.selected_entry.cache_clear()
+    torch_op.selected_plan.cache_clear()
     with pytest.raises(tvmmoe.UnsupportedError, match="no bf16 x mxfp4 artifact for sm75a; shipped: .*--target sm75a"):
         op.workspace_bytes(1, 64, 64, 4, 2)
-    torch_op.selected_entry.cache_clear()
+    torch_op.selected_plan.cache_clear()
 
 
 def test_import_starts_neither_tvm_nor_cuda():

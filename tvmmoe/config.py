@@ -14,6 +14,7 @@ class _Named(IntEnum):
         return f"{type(self).__name__}.{self.name}"
 
     __str__ = __repr__
+    __hash__ = int.__hash__  # Enum's is a Python function; a call hashes several
 
 
 class RoutingMethodType(_Named):

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,6 @@ def num_padded_tokens(problem: Problem, tile_m: int) -> int:
     return tile_m * max_num_tiles(problem.num_tokens * problem.top_k, problem.local_num_experts, tile_m)
 
 
-@functools.lru_cache(maxsize=4096)
 def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
     sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
@@ -37,14 +36,26 @@ def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     return sm90a_workspace_bytes(*sizes) if entry.target.startswith("sm") else cpu_slices(*sizes)[1]
 
 
-@functools.cache
-def _function(entry: Entry) -> tuple[Callable[..., None], Callable[[int], None] | None]:
-    """The entry's packed function and, on the CPU, the setter of its thread count."""
+class Plan(NamedTuple):
+    """Everything of a launch that follows from the problem alone."""
+
+    entry: Entry
+    function: Callable[..., None]
+    set_num_threads: Callable[[int], None] | None  # CPU
+    workspace_bytes: int
+    ints: tuple[int, ...]  # abi.INTS with the dtypes of logits and bias to be filled in
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: Problem, entry: Entry) -> Plan:
+    """How ``entry`` runs ``problem``; loads its artifact."""
     module = loader.load(loader.manifest(), entry.file)
-    return module[entry.symbol], (module["set_num_threads"] if entry.target.startswith("x86") else None)
+    set_num_threads = module["set_num_threads"] if entry.target.startswith("x86") else None
+    return Plan(entry, module[entry.symbol], set_num_threads, entry_workspace_bytes(problem, entry), _ints(problem))
 
 
-def _select(problem: Problem) -> Entry:
+def selected_entry(problem: Problem) -> Entry:
+    """The manifest entry that serves ``problem`` on its device."""
     entry = select(loader.manifest(), targets_of(problem.device), problem)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
@@ -52,9 +63,9 @@ def _select(problem: Problem) -> Entry:
 
 
 @functools.lru_cache(maxsize=4096)
-def selected_entry(problem: Problem) -> Entry:
-    """The manifest entry that serves ``problem`` on its device."""
-    return _select(problem)
+def selected_plan(problem: Problem) -> Plan:
+    """How ``problem`` runs on its device."""
+    return plan(problem, selected_entry(problem))
 
 
 def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.Tensor]:
@@ -76,18 +87,18 @@ def launch(
 ) -> list[torch.Tensor]:
     """Run a validated call by ``entry``, or the selected one; ``tensors`` holds the tensor arguments by name."""
     output = tensors["output"] if problem.do_finalize else None
-    entry = entry or selected_entry(problem)
-    results = new_results(problem, entry.tile_m, output is not None)
     if problem.num_tokens == 0:
+        results = new_results(problem, (entry or selected_entry(problem)).tile_m, output is not None)
         return results if output is None else [output]
+    p = selected_plan(problem) if entry is None else plan(problem, entry)
+    results = new_results(problem, p.entry.tile_m, output is not None)
     if problem.do_finalize:
         written = {"output": results[0] if output is None else output}
     else:
         written = dict(zip(_PIECES, results, strict=True))
-    function, set_num_threads = _function(entry)
-    workspace = torch.empty(entry_workspace_bytes(problem, entry), dtype=torch.uint8, device=problem.device)
-    if set_num_threads is not None:
-        set_num_threads(torch.get_num_threads())
+    workspace = torch.empty(p.workspace_bytes, dtype=torch.uint8, device=problem.device)
+    if p.set_num_threads is not None:
+        p.set_num_threads(torch.get_num_threads())
     addresses = [0] * len(abi.POINTERS)
     for name, index in _INPUTS:
         if (tensor := tensors[name]) is not None:
@@ -95,7 +106,7 @@ def launch(
     for name, tensor in written.items():
         addresses[_RESULTS[name]] = tensor.data_ptr()
     with _device_guard(problem.device):
-        function(workspace, *addresses, *_ints(problem, tensors), problem.routed_scaling_factor)
+        p.function(workspace, *addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
     return results if output is None else [output]
 
 
@@ -111,29 +122,21 @@ def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def _ints(problem: Problem, tensors: dict[str, torch.Tensor | None]) -> tuple[int, ...]:
-    """Values of ``abi.INTS``, in order."""
+def _ints(problem: Problem) -> tuple[int, ...]:
+    """Values of ``abi.INTS``, in order, with 0 for the dtypes that only tensors tell."""
+    values = {name: int(getattr(problem, name)) for name in abi.INTS if hasattr(problem, name)}
+    return tuple(values.get(name, 0) for name in abi.INTS)
+
+
+_LOGITS_IS_BF16 = abi.INTS.index("logits_is_bf16")
+assert abi.INTS[_LOGITS_IS_BF16 + 1] == "bias_is_bf16"
+
+
+def _with_dtypes(ints: tuple[int, ...], tensors: dict[str, torch.Tensor | None]) -> tuple[int, ...]:
     logits, bias = tensors["routing_logits"], tensors["routing_bias"]
-    return (
-        problem.num_tokens,
-        problem.hidden_size,
-        problem.intermediate_size,
-        problem.num_experts,
-        problem.top_k,
-        problem.local_expert_offset,
-        problem.local_num_experts,
-        problem.n_group,
-        problem.topk_group,
-        problem.output_hidden_size,
-        int(problem.routing_method),
-        int(problem.activation),
-        int(problem.activation_format),
-        int(logits.dtype == torch.bfloat16),
-        int(bias is not None and bias.dtype == torch.bfloat16),
-        int(problem.norm_topk_prob),
-        int(problem.do_finalize),
-        int(problem.enable_pdl),
-    )
+    bias_is_bf16 = bias is not None and bias.dtype is torch.bfloat16
+    i = _LOGITS_IS_BF16
+    return (*ints[:i], int(logits.dtype is torch.bfloat16), int(bias_is_bf16), *ints[i + 2 :])
 
 
 _ARGUMENTS = inspect.signature(validate)
@@ -171,7 +174,7 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
     problem = validate(**arguments)
     # Sizes may be symbols, which have no hash; asking the table guards on the range of tokens that it answers for.
-    tile_m = 1 if problem.do_finalize else _select(problem).tile_m
+    tile_m = 1 if problem.do_finalize else selected_entry(problem).tile_m
     return _three(problem, new_results(problem, tile_m, arguments["output"] is not None))
 
 
