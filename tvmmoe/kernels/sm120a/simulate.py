@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated CUDA C++ compiled by the host compiler: the kernels run on a CPU, thread by thread, host function included.
+
+For machines without any GPU. Threads of a CTA are fibers that switch where a real thread may wait: at a CTA barrier, at a
+shuffle, at the mma. Shared memory starts as 0xff bytes (NaN as scales). An asynchronous copy is made as late as the code
+allows, in its own cp.async.wait_group, or with ``early`` at once: a missing wait shows in the one, a buffer that is
+overwritten too soon in the other. A CTA that no fiber can continue is reported and ends the process.
+
+The inline PTX of TVM's helpers is translated by instruction name; one that is not known here is a compile error.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import tvm_ffi
+
+from tvmmoe.kernels.sm120a import emulation
+from tvmmoe.kernels.sm120a.intrinsics import FORMS
+
+_RUNTIME = r"""
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define CUDART_INF_F INFINITY
+struct dim3 { unsigned x, y, z; dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
+
+namespace sim {
+struct Copy { char* to; const void* from; int size, bytes; };
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  dim3 thread;
+  uint32_t words[8];  // what a warp instruction shows to the other lanes
+  std::vector<std::vector<Copy>> groups{1};
+  bool done = false;
+};
+struct Barrier { int arrived = 0, generation = 0; };
+constexpr int kStack = 256 * 1024;
+inline std::vector<Fiber> fibers;
+inline std::vector<Barrier> warps;
+inline Barrier cta;
+inline int num_threads;  // of the CTA
+inline std::vector<char> smem;
+inline ucontext_t scheduler;
+inline Fiber* self;
+inline dim3 block;
+inline long progress;
+inline void (*entry)(void*);
+inline void* arguments;
+
+inline void yield() { swapcontext(&self->context, &scheduler); }
+inline void wait(Barrier& barrier, int count) {
+  ++progress;
+  const int mine = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == mine) yield();
+}
+inline void warp_sync() { wait(warps[self->thread.x / 32], 32); }
+inline Fiber& lane(int index) { return fibers[self->thread.x / 32 * 32 + index]; }
+inline void start() {
+  entry(arguments);
+  self->done = true;
+  ++progress;
+  for (;;) yield();
+}
+inline void run_cta(int threads) {
+  num_threads = threads;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    if (!f.stack) f.stack.reset(new char[kStack]);
+    f.thread = dim3(i), f.done = false, f.groups.assign(1, {});
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    makecontext(&f.context, start, 0);
+  }
+  for (bool live = true; live;) {
+    const long before = progress;
+    live = false;
+    for (int i = 0; i < threads; ++i) {
+      if (fibers[i].done) continue;
+      live = true;
+      self = &fibers[i];
+      swapcontext(&scheduler, &self->context);
+    }
+    if (live && progress == before) {
+      fprintf(stderr, "simulate: deadlock in CTA %u\n", block.x);
+      abort();
+    }
+  }
+}
+inline void run_grid(dim3 ctas, int threads, size_t bytes) {
+  if (fibers.size() < size_t(threads)) fibers = std::vector<Fiber>(threads);
+  warps.assign(threads / 32, {});
+  cta = {};
+  for (unsigned i = 0; i < ctas.x * ctas.y; ++i) {
+    block = dim3(i % ctas.x, i / ctas.x);
+    smem.assign(bytes + 64, char(0xff));
+    run_cta(threads);
+  }
+}
+inline char* shared() { return (char*)((uintptr_t(smem.data()) + 63) & ~uintptr_t(63)); }
+inline void make(const Copy& c) {
+  memcpy(c.to, c.from, c.bytes);
+  memset(c.to + c.bytes, 0, c.size - c.bytes);
+}
+inline uint32_t bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+}  // namespace sim
+using std::max;
+using std::min;
+#define threadIdx (sim::self->thread)
+#define blockIdx (sim::block)
+
+template <class T> T __shfl_sync(unsigned, T value, int lane, int = 32) {
+  sim::self->words[0] = *(uint32_t*)&value;
+  sim::warp_sync();
+  const uint32_t word = sim::lane(lane).words[0];
+  sim::warp_sync();
+  return *(T*)&word;
+}
+inline void __syncthreads() { sim::wait(sim::cta, sim::num_threads); }
+inline size_t __cvta_generic_to_shared(const void* p) { return (const char*)p - sim::shared(); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t pair = uint64_t(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(pair >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return expf(x); }
+"""
+
+_INSTRUCTIONS = r"""
+namespace ptx {
+template <class T> T& at(uint32_t shared) { return *(T*)(sim::shared() + shared); }
+template <class T> T& at(const void* p) { return *(T*)p; }
+template <class T> void ld_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
+template <class T> void ld_shared_b32(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 4); }
+inline void ld_global_f32(float& d, const void* p) { d = at<float>(p); }
+inline void ld_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+  const uint32_t* w = &at<uint32_t>(p);
+  a = w[0], b = w[1], c = w[2], d = w[3];
+}
+inline void ld_shared_v2_b32(uint32_t& a, uint32_t& b, uint32_t p) { a = at<uint32_t>(p), b = at<uint32_t>(p + 4); }
+template <class T> void st_global_b32(const void* p, T v) { memcpy((void*)p, &v, 4); }
+inline void st_global_f32(const void* p, float v) { at<float>(p) = v; }
+inline void st_global_u8(const void* p, uint32_t v) { at<uint8_t>(p) = uint8_t(v); }
+inline void st_global_v2_b32(const void* p, uint32_t a, uint32_t b) {
+  at<uint32_t>(p) = a, at<uint32_t>((const char*)p + 4) = b;
+}
+inline void st_global_v4_b32(const void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  st_global_v2_b32(p, a, b), st_global_v2_b32((const char*)p + 8, c, d);
+}
+inline void cp_async_ca_shared_global(uint32_t to, const void* from, uint32_t bytes, int size) {
+  if (to % size || (bytes && uintptr_t(from) % size)) fprintf(stderr, "simulate: misaligned cp.async\n"), abort();
+  const sim::Copy copy{sim::shared() + to, from, size, int(bytes)};
+  if (SIM_EARLY) sim::make(copy); else sim::self->groups.back().push_back(copy);
+}
+inline void cp_async_commit_group() { sim::self->groups.emplace_back(); }
+inline void cp_async_wait_group(int n) {
+  auto& groups = sim::self->groups;  // the last one is still open
+  for (; int(groups.size()) > n + 1; groups.erase(groups.begin()))
+    for (const auto& copy : groups.front()) sim::make(copy);
+}
+inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t p) {
+  if (p % 16) fprintf(stderr, "simulate: misaligned ldmatrix\n"), abort();
+  sim::self->words[0] = p;
+  sim::warp_sync();
+  const int l = sim::self->thread.x % 32;
+  uint32_t* out[4] = {&a, &b, &c, &d};
+  for (int m = 0; m < 4; ++m) *out[m] = at<uint32_t>(sim::lane(8 * m + l / 4).words[0] + 4 * (l % 4));
+  sim::warp_sync();
+}
+inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& d, uint32_t a) {
+  sim::self->words[0] = a;
+  sim::warp_sync();
+  const int row = sim::self->thread.x % 32 / 4, column = 2 * (sim::self->thread.x % 4);
+  auto element = [](int r, int c) { return sim::lane(4 * r + c / 2).words[0] >> 16 * (c % 2) & 0xffff; };
+  d = element(column, row) | element(column + 1, row) << 16;
+  sim::warp_sync();
+}
+inline void redux_sync_max_s32(int32_t& d, int32_t a, uint32_t) {
+  sim::self->words[0] = a;
+  sim::warp_sync();
+  d = a;
+  for (int i = 0; i < 32; ++i) if (int32_t(sim::lane(i).words[0]) > d) d = sim::lane(i).words[0];
+  sim::warp_sync();
+}
+inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) { d = __byte_perm(a, b, selector); }
+inline void shf_r_wrap_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
+  d = uint32_t((uint64_t(b) << 32 | a) >> (c & 31));
+}
+inline void max_NaN_f32(float& d, float a, float b) { d = a != a || b != b ? NAN : fmaxf(a, b); }
+inline void min_NaN_f32(float& d, float a, float b) { d = a != a || b != b ? NAN : fminf(a, b); }
+inline void cvt_rn_bf16x2_f32(uint32_t& d, float high, float low) {
+  d = sim::bf16(high) << 16 | sim::bf16(low);
+}
+}  // namespace ptx
+
+struct AllLanes {
+  uint32_t operator()(int lane, int index) const { return sim::lane(lane).words[index]; }
+};
+template <class Form> void warp_mma(float* d, const uint32_t (&words)[8], int ba, int ta, int bb, int tb) {
+  memcpy(sim::self->words, words, sizeof(words));
+  sim::warp_sync();
+  tvmmoe_emulate<Form>(AllLanes{}, sim::self->thread.x % 32, d, ba, ta, bb, tb);
+  sim::warp_sync();
+}
+"""
+
+_MMA = r"""
+inline void {name}(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t sa,
+                   uint32_t sb, int ba, int ta, int bb, int tb) {{
+  warp_mma<{form}>(d, {{a0, a1, a2, a3, b0, b1, sa, sb}}, ba, ta, bb, tb);
+}}
+"""
+
+_HOST = r"""
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim; size_t dynamicSmemBytes; void* stream; cudaLaunchAttribute* attrs; int numAttrs;
+};
+using cudaError_t = int;
+using cudaStream_t = void*;
+enum { cudaSuccess, cudaErrorCudartUnloading, cudaFuncAttributeMaxDynamicSharedMemorySize,
+       cudaLaunchAttributeProgrammaticStreamSerialization };
+inline const char* cudaGetErrorString(int) { return ""; }
+inline int cudaGetLastError() { return 0; }
+inline int cudaGetDevice(int* d) { return *d = 0; }
+inline int cudaSetDevice(int) { return 0; }
+namespace tvm { namespace ffi { struct CUDADeviceGuard { CUDADeviceGuard(int = 0) {} }; } }
+template <class F> int cudaFuncSetAttribute(F, int, int) { return 0; }
+template <class... P, class... A> int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A... args) {
+  auto call = [&] { kernel(args...); };
+  sim::arguments = &call;
+  sim::entry = [](void* p) { (*(decltype(call)*)p)(); };
+  sim::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes);
+  return 0;
+}
+"""
+
+
+def _translate(match: re.Match) -> str:
+    """An asm statement of one instruction as a call of the function of that name, literal operands last."""
+    mnemonic, operands, outputs, inputs = match.groups()
+    values = re.findall(r'"[^"]*"\((\w+)\)', f"{outputs} , {inputs or ''}")
+    values += re.findall(r"(?<![%\w])\d+", operands)
+    return f"ptx::{mnemonic.replace('.', '_').replace('::', '_')}({', '.join(values)});"
+
+
+def host_source(cuda: str, early: bool = False) -> str:
+    """Host C++ of what ``build.cuda_source`` returned."""
+    kernels, host = cuda.split("#include <tvm/ffi/c_api.h>", 1)
+    kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
+    for form in FORMS:  # the simulator has its own
+        kernels = re.sub(rf"^[^\n]*\b{form.function}\(float.*?\n}}\n", "", kernels, flags=re.M | re.S)
+    asm = r'asm volatile\("([\w.:]+) ?([^"]*);"\s*:\s*([^:]*?)\s*:\s*([^:;]*?)\s*(?::[^;]*)?\);'
+    kernels = re.sub(asm, _translate, kernels)
+    kernels = re.sub(
+        r"extern __shared__ __align__\(64\) uchar (\w+)\[\];", r"uchar* \1 = (uchar*)sim::shared();", kernels
+    )
+    host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
+    host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
+    mma = "".join(_MMA.format(name=form.function, form=form.model) for form in FORMS)
+    parts = (f"#define SIM_EARLY {int(early)}", _RUNTIME, emulation.MODEL, _INSTRUCTIONS, mma, kernels, _HOST)
+    return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
+
+
+def compile_so(source: str, path: Path) -> None:
+    """Run g++ on what :func:`host_source` returned. Raises RuntimeError with its message."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    command = [
+        "g++", "-shared", "-fPIC", "-fvisibility=hidden", "-std=c++17", "-O1", "-w",
+        "-fno-strict-aliasing", "-ffp-contract=off",
+        *(f"-I{folder}" for folder in includes), "-x", "c++", "-", "-o", str(path),
+        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi",
+    ]  # fmt: skip
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ failed for {path.name}:\n{done.stderr[:6000]}")
