@@ -25,7 +25,7 @@ def _schedule(func: tirx.PrimFunc) -> s_tir.Schedule:
     return s_tir.Schedule(tvm.IRModule({"main": func}), error_render_level="fast")
 
 
-def _parallel_outermost(func: tirx.PrimFunc) -> tirx.PrimFunc:
+def parallel_outermost(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Make the single outermost loop parallel by hand: ``Schedule.parallel`` wants affine block bindings, and a loop fused
     over symbolic extents has none (its tasks write disjoint rows and columns all the same)."""
     realize = func.body
@@ -40,20 +40,26 @@ def _parallel_outermost(func: tirx.PrimFunc) -> tirx.PrimFunc:
 def schedule_gemm(func: tirx.PrimFunc, config: GemmConfig) -> tirx.PrimFunc:
     """gemm1 or gemm2: a task is (tile, ``panel_n`` rows): decode the panel, multiply in register tiles, epilogue."""
     sch = _schedule(func)
+    tile_m = int(sch.get(sch.get_loops(sch.get_sblock("gemm", "main"))[1]).extent)
+    tile_gemm(sch, config.panel_n, min(config.micro_m, tile_m), config.micro_n)
+    return parallel_outermost(sch.mod["main"])
+
+
+def tile_gemm(sch: s_tir.Schedule, panel_n, micro_m, micro_n) -> None:
+    """Schedule a GEMM but for :func:`parallel_outermost`; sizes are integers or sampled."""
     dequantize, gemm, epilogue = (sch.get_sblock(name, "main") for name in ("dequantize", "gemm", "epilogue"))
-    tile_m = int(sch.get(sch.get_loops(gemm)[1]).extent)
     # 16 lanes: one byte row of a 32-block, its even or its odd columns. They are summed once per output.
     lanes = sch.rfactor(sch.get_loops(gemm)[-1], factor_axis=-1)
     sch.set_scope(lanes, 0, "local")
 
     t, m, nb, n = sch.get_loops(epilogue)
-    n0, n1 = sch.split(n, [None, config.panel_n])
+    n0, n1 = sch.split(n, [None, panel_n])
     sch.reorder(t, nb, n0, m, n1)
     sch.vectorize(n1)
     sch.compute_at(gemm, n0, preserve_unit_loops=True)
     j, unit, m, *half, nb1, n = sch.get_loops(gemm)[3:]
-    m0, m1 = sch.split(m, [None, min(config.micro_m, tile_m)])
-    n2, n3 = sch.split(n, [None, config.micro_n])
+    m0, m1 = sch.split(m, [None, micro_m])
+    n2, n3 = sch.split(n, [None, micro_n])
     sch.reorder(unit, nb1, m0, *half, n2, j, m1, n3)
     sch.compute_at(lanes, n2, preserve_unit_loops=True)
     j, *outputs, kb, p = sch.get_loops(lanes)[len(sch.get_loops(gemm)) - 3 :]
@@ -66,7 +72,6 @@ def schedule_gemm(func: tirx.PrimFunc, config: GemmConfig) -> tirx.PrimFunc:
             sch.unroll(loop)
     sch.decompose_reduction(lanes, kb)
     sch.fuse(t, nb, n0)
-    return _parallel_outermost(sch.mod["main"])
 
 
 def schedule_gather(func: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -6,9 +6,10 @@ the one driver function that generated host code uses is looked up at the first 
 driver.
 """
 
+import functools
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tvm
@@ -63,13 +64,18 @@ def file_name(weight_format: WeightFormat) -> str:
 
 def cuda_source(functions: Sequence[Variant]) -> str:
     """CUDA C++ of the operators, host code included."""
+    return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
+
+
+def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
+    """CUDA C++ of packed functions by symbol, which contains ``_moe_``; their kernels get the names they were traced by."""
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
-    operators, names = {}, {}
-    for variant in functions:
-        operators[variant.symbol] = operator(variant)
+    functions, names = {}, {}
+    for symbol, make in makers.items():
+        functions[symbol] = make()
         for i, name in enumerate(kernel_names()):
-            names[f"{variant.symbol}_kernel" + (f"_{i}" if i else "")] = f"{variant.symbol}_{name}"
-    source = export_cuda_host(tvm.tirx.build(tvm.IRModule(operators), target=target, pipeline="tirx"))
+            names[f"{symbol}_kernel" + (f"_{i}" if i else "")] = f"{symbol}_{name}"
+    source = export_cuda_host(tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline="tirx"))
     source = re.sub(r"\w+_kernel(_\d+)?\b", lambda match: names.get(match[0], match[0]), source)
     assert not re.search(r"_moe_\w+_kernel(_\d+)?\b", source), "a kernel without a name"
     # The launch attribute is a compile-time property in TIRx; enable_pdl makes it one of the call.

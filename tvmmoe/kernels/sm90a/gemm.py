@@ -85,6 +85,11 @@ class GemmConfig:
         return 64 * self.mi * self.row_groups
 
     @property
+    def partial_buffers(self) -> int:
+        """Warpgroups' partial sums in shared memory, for two tiles."""
+        return 2 * self.row_groups * (self.ks - 1)
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Of a producer and a consumer thread, summing to what the launch allots: 384 * 168 or 640 * 96.
 
@@ -145,28 +150,45 @@ class Tile(NamedTuple):
     num_rows: object  # live tokens
 
 
+class SharedMemory(NamedTuple):
+    """How a kernel divides it."""
+
+    x_block: int  # bytes of a K block of tokens
+    w_block: int  # and of weights
+    s_stage: int  # bytes of a stage's scales
+    pitch: int  # bytes of a token's row of results
+    partial_words: int  # of a warpgroup's partial sums
+    stages: int
+    chunk_m: int  # tokens whose results pass through at a time: 32, or fewer where that makes room for another stage
+
+
+def shared_memory(c: GemmConfig, matrices: int) -> SharedMemory:
+    """For ``matrices`` 8-column output matrices of a warp's 16 fragment rows; fewer than 2 stages cannot be built."""
+    x_block, w_block = c.tile_m * K_BLOCK * 2, c.rows * K_BLOCK // 2
+    s_stage = c.rows * (c.stage_scale_bytes + 4)
+    pitch = c.mi * 32 * matrices * 2 + 16
+    partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0
+    free = SMEM_BYTES - BARRIER_BYTES - c.partial_buffers * partial_words * 4
+    stage_bytes = c.k_blocks * (x_block + w_block) + s_stage
+    stages, chunk_m = max(
+        (min(c.max_stages, (free - m * c.warpgroups * pitch) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
+    )
+    return SharedMemory(x_block, w_block, s_stage, pitch, partial_words, stages, chunk_m)
+
+
 class GroupedGemm:
     """Emits one kernel; ``problem`` (gemm1, gemm2) says which rows a tile has and what happens to accumulators."""
 
     def __init__(self, a, config: GemmConfig, problem):
         self.a, self.c, self.p = a, config, problem
         c = config
-        self.x_block, self.w_block = c.tile_m * K_BLOCK * 2, c.rows * K_BLOCK // 2
+        memory = shared_memory(c, problem.matrices)
+        self.x_block, self.w_block, self.s_stage, self.pitch, self.partial_words, self.stages, self.chunk_m = memory
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
-        self.s_stage = c.rows * (c.stage_scale_bytes + 4)
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
         self.out_columns = c.mi * 32 * problem.matrices  # of a warpgroup
-        self.pitch = self.out_columns * 2 + 16
-        self.partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0  # of a warpgroup
-        self.partial_total = 2 * c.row_groups * (c.ks - 1) * self.partial_words  # two tiles' worth
-        free = SMEM_BYTES - BARRIER_BYTES - self.partial_total * 4
-        per_token = c.warpgroups * self.pitch
-        stage_bytes = self.x_stage + self.w_stage + self.s_stage
-        # Tokens that pass through shared memory at a time: 32, or fewer where that makes room for another stage.
-        self.stages, self.chunk_m = max(
-            (min(c.max_stages, (free - m * per_token) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
-        )
-        self.out_bytes = self.chunk_m * per_token
+        self.partial_total = c.partial_buffers * self.partial_words
+        self.out_bytes = self.chunk_m * c.warpgroups * self.pitch
         self.acc_count = c.tile_m // 2
         assert self.stages >= 2, c
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.

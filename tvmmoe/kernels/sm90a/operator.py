@@ -31,7 +31,7 @@ from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
 from tvmmoe.workspace import max_num_tiles
 
-_LAUNCH_PARAMS = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_launch", "tirx.use_dyn_shared_memory"]
+LAUNCH_PARAMS = ["blockIdx.x", "threadIdx.x", "tirx.use_programtic_dependent_launch", "tirx.use_dyn_shared_memory"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def operator(variant: Variant) -> tvm.tirx.PrimFunc:
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(variant.symbol)
-            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": _LAUNCH_PARAMS})
+            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": LAUNCH_PARAMS})
             a = Arguments(variant.tile_m)
             with if_(a.num_tokens > 0):
                 _launch_all(a, variant)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning records: schedules/<target>/<stage>/database_*.json, as MetaSchedule writes them, and what follows from them."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import tvm
+import tvm_ffi
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+
+from tvmmoe.errors import ArgumentError
+from tvmmoe.loader import data_dir
+from tvmmoe.tuning.tasks import STAGES, Task, decisions
+
+MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
+
+
+def database_of(folder: Path) -> ms.database.JSONDatabase:
+    """The database of a folder, made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [str(folder / f"database_{name}.json") for name in ("workload", "tuning_record")]
+    return ms.database.JSONDatabase(*paths, allow_missing=True)
+
+
+def folder_of(target: str, stage: str, root: Path | None = None) -> Path:
+    """Where the records of a stage are kept."""
+    return (root or data_dir("schedules")) / target / stage
+
+
+def claim_device(target: str, name: str, root: Path | None = None) -> None:
+    """Note whose records these are.
+
+    Raises
+    ------
+    ArgumentError
+        There are records of another device: times of two devices cannot be compared.
+    """
+    path = (root or data_dir("schedules")) / target / "device.json"
+    known = json.loads(path.read_text())["name"] if path.is_file() else name
+    if known != name:
+        raise ArgumentError(f"{path.parent}: records of {known}, this is {name}; name another folder with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"name": name}) + "\n")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A record that holds for today's definition."""
+
+    task: Task
+    config: dict[str, int]
+    us: float
+
+
+def task_of(target: str, stage: str, mod: tvm.IRModule) -> Task:
+    """The task that a workload was made from: its label says the shape, format, tokens and tile."""
+    name, weight_format, *rest = str(mod["main"].attrs["tvmmoe.task"]).rsplit("_", 2 + ("_m" in str(
+        mod["main"].attrs["tvmmoe.task"]).rsplit("_t", 1)[1]))  # fmt: skip
+    tile_m = int(rest[1][1:]) if len(rest) > 1 else 0
+    return Task(target, stage, weight_format, name, int(rest[0][1:]), tile_m)
+
+
+def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
+    """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
+    database = database_of(folder_of(target, stage, root))
+    measurements, stale, modules = [], {}, {}
+    for record in database.get_all_tuning_records():
+        task = task_of(target, stage, record.workload.mod)
+        if task not in modules:
+            modules[task] = task.workload()
+        if not tvm_ffi.structural_equal(record.workload.mod, modules[task]):
+            stale[task.label] = f"{target}/{stage}/{task.label}"
+            continue
+        sch = Schedule(modules[task])
+        record.trace.apply_to_schedule(sch, remove_postproc=True)
+        us = 1e6 * statistics.mean(float(s) for s in record.run_secs)
+        measurements.append(Measurement(task, decisions(sch), us))
+    return measurements, sorted(stale.values())
+
+
+def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
+    """Stages that have records."""
+    return (s for s in STAGES if (folder_of(target, s, root) / "database_tuning_record.json").is_file())
+
+
+def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
+    """The configuration for one tile height: the least mean time relative to ``default`` over tasks that measured both.
+
+    ``default`` stays unless another is at least MIN_GAIN faster over at least half of the tasks that ``default`` has.
+    """
+    by_task: dict[Task, dict[tuple, float]] = {}
+    key = tuple(default.items())
+    for m in measurements:
+        if fixed not in m.config or m.config[fixed] == default[fixed]:
+            times = by_task.setdefault(m.task, {})
+            config = tuple(m.config.items())
+            times[config] = min(m.us, times.get(config, math.inf))
+    ratios: dict[tuple, list[float]] = {}
+    for times in by_task.values():
+        for config, us in times.items() if key in times else ():
+            ratios.setdefault(config, []).append(us / times[key])
+    num_tasks = len(ratios.get(key, ()))
+    enough = {c: statistics.geometric_mean(r) for c, r in ratios.items() if 2 * len(r) >= num_tasks}
+    if not enough:
+        return default
+    best = min(enough, key=enough.__getitem__)
+    return dict(best) if enough[best] < 1 - MIN_GAIN else default
+
+
+def best_of(measurements: list[Measurement]) -> dict[Task, Measurement]:
+    """The fastest measurement of every task."""
+    best: dict[Task, Measurement] = {}
+    for m in measurements:
+        if m.task not in best or m.us < best[m.task].us:
+            best[m.task] = m
+    return best
+
+
+def defaults_of(target: ModuleType, measurements: list[Measurement]) -> dict[Task, float]:
+    """Time of the hand-chosen decisions in every task that measured them."""
+    return {m.task: m.us for m in measurements if m.config == target.default(m.task)}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is tuned: a GEMM stage at a model's shape and number of tokens, and its TensorIR definition as the workload."""
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+
+from tvmmoe.config import ActivationType, WeightFormat
+from tvmmoe.errors import ArgumentError
+from tvmmoe.kernels import gemm1, gemm2
+from tvmmoe.shapes import shape_case
+
+STAGES = ("gemm1", "gemm2")
+PREFIX = "tvmmoe."  # of annotations: a space leaves its decisions on the block EPILOGUE of the workload
+EPILOGUE = "epilogue"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One workload. ``tile_m`` is 0 where the tile height is a decision (CUDA), else the definition's."""
+
+    target: str
+    stage: str
+    weight_format: str
+    shape: str
+    num_tokens: int
+    tile_m: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ArgumentError(f"stage: got {self.stage!r}, expected one of {', '.join(STAGES)}")
+        if self.num_tokens < 1:
+            raise ArgumentError(f"num_tokens: got {self.num_tokens}, expected at least 1")
+
+    @property
+    def label(self) -> str:
+        tile = f"_m{self.tile_m}" if self.tile_m else ""
+        return f"{self.shape}_{self.weight_format}_t{self.num_tokens}{tile}"
+
+    @property
+    def case(self):
+        """The layer's call, on the CPU."""
+        return shape_case(self.shape, self.num_tokens, "bf16", self.weight_format)
+
+    @property
+    def num_active_experts(self) -> int:
+        """Experts that have a row when rows spread as evenly as they can."""
+        case = self.case
+        return min(case.num_experts, self.num_tokens * case.top_k)
+
+    @property
+    def rows_per_expert(self) -> float:
+        """Mean rows of an active expert."""
+        return self.num_tokens * self.case.top_k / self.num_active_experts
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of ``tile_m`` rows, or one row each."""
+        tile_m = max(self.tile_m, 1)
+        return self.num_active_experts * -(-round(self.rows_per_expert) // tile_m)
+
+    @property
+    def weight_rows(self) -> int:
+        """Weight rows of an expert."""
+        case = self.case
+        return 2 * case.intermediate_size if self.stage == "gemm1" else case.hidden_size
+
+    @property
+    def k(self) -> int:
+        """Columns that are summed over."""
+        case = self.case
+        return case.hidden_size if self.stage == "gemm1" else case.intermediate_size
+
+    def workload(self) -> tvm.IRModule:
+        """The stage's definition with this task's sizes; its structural hash is the key of the records."""
+        weight_format, case = WeightFormat[self.weight_format], self.case
+        columns, k_blocks = case.intermediate_size // 32, self.k // 32
+        sizes = {"nt": self.num_tiles, "experts": case.num_experts, "ib": columns, "hb": k_blocks}
+        sizes |= {"nb_": case.hidden_size // 32, "kb_": k_blocks}
+        if self.stage == "gemm1":
+            definition = gemm1.gemm1(weight_format, ActivationType.Swiglu, max(self.tile_m, 1))
+        else:
+            definition = gemm2.gemm2(weight_format, max(self.tile_m, 1))
+        func = specialized(definition, sizes).with_attr("global_symbol", "main")
+        return tvm.IRModule({"main": func.with_attr("tvmmoe.task", self.label)})
+
+
+def specialized(func: tirx.PrimFunc, sizes: dict[str, int]) -> tirx.PrimFunc:
+    """The definition with its symbolic sizes set by name; vectors that a call may leave out have one element."""
+    buffers = {}
+    for param in func.params:
+        shape = [tirx.IntImm("int64", sizes.get(d.name, 1)) if isinstance(d, tvm.ir.Var) else d for d in param.shape]
+        buffers[param] = tirx.decl_buffer(shape, param.dtype, param.name, data_alignment=1)
+    return func.specialize(buffers)
+
+
+def decisions(sch: tvm.s_tir.Schedule) -> dict[str, int]:
+    """What a space decided, by name."""
+    annotations = sch.get(sch.get_sblock(EPILOGUE, "main")).annotations
+    return {name[len(PREFIX) :]: int(value) for name, value in annotations.items() if name.startswith(PREFIX)}
+
+
+def decide(sch: tvm.s_tir.Schedule, knobs: dict[str, tuple[int, ...]]) -> dict[str, object]:
+    """Sample every knob uniformly and leave the decisions on the workload."""
+    block, sampled = sch.get_sblock(EPILOGUE, "main"), {}
+    for name, values in knobs.items():
+        sampled[name] = sch.sample_categorical(list(values), [1.0 / len(values)] * len(values))
+        sch.annotate(block, PREFIX + name, sampled[name])
+    return sampled
