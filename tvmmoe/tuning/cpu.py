@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import tvm
 
@@ -99,15 +100,15 @@ class Bench:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        generator = torch.Generator().manual_seed(0)
+        generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
         experts, tiles, m = task.case.num_experts, task.num_tiles, task.tile_m
         block_size = 32 if task.weight_format == "mxfp4" else 16
         halves = 2 if task.stage == "gemm1" else 1
         n, k = task.weight_rows // halves, task.k
         shape = (experts, halves, n // 32, 32, k // 32)
-        self.weights = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        self.weights = torch.from_numpy(random.integers(0, 256, (*shape, 16), dtype=np.uint8))
         low, high = (121, 126) if block_size == 32 else (40, 56)  # 2^-6 ... 2^-2
-        self.scales = torch.randint(low, high, (*shape, 32 // block_size), dtype=torch.uint8, generator=generator)
+        self.scales = torch.from_numpy(random.integers(low, high, (*shape, 32 // block_size), dtype=np.uint8))
         self.x = torch.randn(tiles, m, k // 32, 2, 16, generator=generator)
         self.out = torch.empty(tiles, m, n // 32, 32, dtype=torch.uint16)
         if halves == 1:

@@ -16,7 +16,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tvmmoe.errors import ArgumentError
 from tvmmoe.loader import data_dir
-from tvmmoe.tuning.tasks import STAGES, Task, decisions
+from tvmmoe.tuning.tasks import LABEL, STAGES, Task, decisions
 
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
 
@@ -58,20 +58,12 @@ class Measurement:
     us: float
 
 
-def task_of(target: str, stage: str, mod: tvm.IRModule) -> Task:
-    """The task that a workload was made from: its label says the shape, format, tokens and tile."""
-    name, weight_format, *rest = str(mod["main"].attrs["tvmmoe.task"]).rsplit("_", 2 + ("_m" in str(
-        mod["main"].attrs["tvmmoe.task"]).rsplit("_t", 1)[1]))  # fmt: skip
-    tile_m = int(rest[1][1:]) if len(rest) > 1 else 0
-    return Task(target, stage, weight_format, name, int(rest[0][1:]), tile_m)
-
-
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
     database = database_of(folder_of(target, stage, root))
     measurements, stale, modules = [], {}, {}
     for record in database.get_all_tuning_records():
-        task = task_of(target, stage, record.workload.mod)
+        task = Task.of_label(target, stage, str(record.workload.mod["main"].attrs[LABEL]))
         if task not in modules:
             modules[task] = task.workload()
         if not tvm_ffi.structural_equal(record.workload.mod, modules[task]):

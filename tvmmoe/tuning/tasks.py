@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is tuned: a GEMM stage at a model's shape and number of tokens, and its TensorIR definition as the workload."""
 
+import json
 from dataclasses import dataclass
 
 import tvm
@@ -14,6 +15,7 @@ from tvmmoe.shapes import shape_case
 STAGES = ("gemm1", "gemm2")
 PREFIX = "tvmmoe."  # of annotations: a space leaves its decisions on the block EPILOGUE of the workload
 EPILOGUE = "epilogue"
+LABEL = "tvmmoe.task"  # attribute of the workload
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,14 @@ class Task:
 
     @property
     def label(self) -> str:
-        tile = f"_m{self.tile_m}" if self.tile_m else ""
-        return f"{self.shape}_{self.weight_format}_t{self.num_tokens}{tile}"
+        """Written into the workload."""
+        return f"{self.shape}_{self.weight_format}_t{self.num_tokens}_m{self.tile_m}"
+
+    @classmethod
+    def of_label(cls, target: str, stage: str, label: str) -> "Task":
+        """The task with this :attr:`label`."""
+        shape, weight_format, tokens, tile = label.rsplit("_", 3)
+        return cls(target, stage, weight_format, shape, int(tokens[1:]), int(tile[1:]))
 
     @property
     def case(self):
@@ -83,16 +91,28 @@ class Task:
         else:
             definition = gemm2.gemm2(weight_format, max(self.tile_m, 1))
         func = specialized(definition, sizes).with_attr("global_symbol", "main")
-        return tvm.IRModule({"main": func.with_attr("tvmmoe.task", self.label)})
+        return tvm.IRModule({"main": func.with_attr(LABEL, self.label)})
 
 
 def specialized(func: tirx.PrimFunc, sizes: dict[str, int]) -> tirx.PrimFunc:
-    """The definition with its symbolic sizes set by name; vectors that a call may leave out have one element."""
-    buffers = {}
-    for param in func.params:
-        shape = [tirx.IntImm("int64", sizes.get(d.name, 1)) if isinstance(d, tvm.ir.Var) else d for d in param.shape]
-        buffers[param] = tirx.decl_buffer(shape, param.dtype, param.name, data_alignment=1)
-    return func.specialize(buffers)
+    """The definition with its symbolic sizes set by name; vectors that a call may leave out have one element.
+
+    On the saved graph: PrimFunc.specialize copies every use of a shared expression, which made a record of gemm1 27 times
+    as long.
+    """
+    graph = json.loads(tvm.ir.save_json(func))
+    nodes = graph["nodes"]
+    for node in list(nodes):
+        # Symbolic sizes are the only variables of the definition that no loop and no parameter binds.
+        if node["type"] == "ir.Var" and _is_size(func, name := nodes[node["data"]["name"]]["data"]):
+            nodes.append({"type": "int", "data": sizes.get(name, 1)})
+            fields = {"span": node["data"]["span"], "ty": node["data"]["ty"], "value": len(nodes) - 1}
+            node.update(type="ir.IntImm", data=fields)
+    return tvm.ir.load_json(json.dumps(graph))
+
+
+def _is_size(func: tirx.PrimFunc, name: str) -> bool:
+    return any(isinstance(d, tvm.ir.Var) and d.name == name for param in func.params for d in param.shape)
 
 
 def decisions(sch: tvm.s_tir.Schedule) -> dict[str, int]:

@@ -6,10 +6,11 @@ the one driver function that generated host code uses is looked up at the first 
 driver.
 """
 
+import contextlib
 import functools
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tvm
@@ -75,7 +76,8 @@ def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
         functions[symbol] = make()
         for i, name in enumerate(kernel_names()):
             names[f"{symbol}_kernel" + (f"_{i}" if i else "")] = f"{symbol}_{name}"
-    source = export_cuda_host(tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline="tirx"))
+    with _source_alone():
+        source = export_cuda_host(tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline="tirx"))
     source = re.sub(r"\w+_kernel(_\d+)?\b", lambda match: names.get(match[0], match[0]), source)
     assert not re.search(r"_moe_\w+_kernel(_\d+)?\b", source), "a kernel without a name"
     # The launch attribute is a compile-time property in TIRx; enable_pdl makes it one of the call.
@@ -83,6 +85,18 @@ def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
     assert flag + "1;" in source
     source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # defined above, not imported
     return _DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+
+
+@contextlib.contextmanager
+def _source_alone() -> Iterator[None]:
+    """Where a GPU is present TVM compiles what it generates by NVRTC, which refuses it; nvcc does so later, with the host."""
+    name = "tvm_callback_cuda_compile"
+    before = tvm_ffi.get_global_func(name)
+    tvm_ffi.register_global_func(name, lambda code: b"", override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(name, before, override=True)
 
 
 def compile_so(source: str, path: Path) -> str:
