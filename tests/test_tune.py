@@ -17,9 +17,10 @@ from tvm.s_tir import Schedule  # noqa: E402
 
 import tvmmoe  # noqa: E402
 from tvmmoe import tune  # noqa: E402
+from tvmmoe.config import WeightFormat  # noqa: E402
 from tvmmoe.tuning import cpu, records, sm90a  # noqa: E402
 from tvmmoe.tuning.search import Mutate, Run  # noqa: E402
-from tvmmoe.tuning.tasks import Task, decisions  # noqa: E402
+from tvmmoe.tuning.tasks import Task, decisions, key_of  # noqa: E402
 from tvmmoe.tuning.worker import Worker  # noqa: E402
 
 CPU_TASK = Task(cpu.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 1, 4)
@@ -80,7 +81,12 @@ def test_hopper_space_holds_the_default_and_has_finite_features(stage, num_token
 def test_illegal_hopper_configs_are_refused():
     good = sm90a.default(HOPPER_TASK)
     assert sm90a.is_legal(HOPPER_TASK, good)
-    for change in (dict(tile_m=256, mi=2), dict(ks=4, warpgroups=2), dict(ks=4, k_blocks=2), dict(tile_m=8, mi=2, ks=1)):
+    for change in (
+        dict(tile_m=256, mi=2),
+        dict(ks=4, warpgroups=2),
+        dict(ks=4, k_blocks=2),
+        dict(tile_m=8, mi=2, ks=1),
+    ):
         assert not sm90a.is_legal(HOPPER_TASK, good | dict(warpgroups=4) | change), change
 
 
@@ -91,14 +97,14 @@ def test_traces_survive_the_database_and_mutation(target, task, tmp_path):
     target.space(task, sch)
     run.record(sch.trace, [1e-3])
     loaded = Run(task, target, tmp_path / "records", tmp_path, Clock())
-    assert loaded.us == {tuple(decisions(sch).items()): pytest.approx(1e3)}
-    mutate, seen = Mutate(0), {tuple(decisions(sch).items())}
+    assert loaded.us == {key_of(decisions(sch)): pytest.approx(1e3)}
+    mutate, seen = Mutate(0), {key_of(decisions(sch))}
     trace = sch.trace
     for _ in range(30):
         trace = mutate.apply(trace)
         mutated = Schedule(run.mod)
         trace.apply_to_schedule(mutated, remove_postproc=True)
-        seen.add(tuple(decisions(mutated).items()))
+        seen.add(key_of(decisions(mutated)))
     assert len(seen) > 8
 
 
@@ -127,7 +133,7 @@ def test_search_measures_trains_records_and_resumes(tmp_path):
     assert run.cost_model.booster is not None  # XGBModel was trained on what was measured
     assert run.best[1] <= statistics.median(run.us.values())
     measurements, stale = records.load(cpu.TARGET, "gemm2", tmp_path)
-    assert not stale and {tuple(m.config.items()) for m in measurements} == set(run.us)
+    assert not stale and {key_of(m.config) for m in measurements} == set(run.us)
     assert records.best_of(measurements)[CPU_TASK].us == pytest.approx(run.best[1])
     assert CPU_TASK in records.defaults_of(cpu, measurements)
     clock = Clock()
@@ -209,7 +215,9 @@ def test_worker_survives_its_candidates(tmp_path, monkeypatch):
 def test_records_of_another_device_are_refused(tmp_path):
     records.claim_device("sm90a", "NVIDIA H100 80GB HBM3", tmp_path)
     records.claim_device("sm90a", "NVIDIA H100 80GB HBM3", tmp_path)
-    with pytest.raises(tvmmoe.ArgumentError, match="records of NVIDIA H100 80GB HBM3, this is NVIDIA H200; name another"):
+    with pytest.raises(
+        tvmmoe.ArgumentError, match="records of NVIDIA H100 80GB HBM3, this is NVIDIA H200; name another"
+    ):
         records.claim_device("sm90a", "NVIDIA H200", tmp_path)
 
 
@@ -223,6 +231,28 @@ def test_choice_needs_a_gain_over_many_tasks():
     assert records.choose(times + slightly, default) == default
     clearly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 110, 80), strict=True)]
     assert records.choose(times + clearly, default) == other
+
+
+def test_recorded_choice_becomes_the_configuration(tmp_path):
+    better = sm90a.default_of_tile(64) | dict(k_blocks=2)
+    for num_tokens in (512, 1024):
+        task = Task(sm90a.TARGET, "gemm2", "mxfp4", "gpt-oss-120b", num_tokens)
+        run = Run(task, sm90a, records.folder_of(sm90a.TARGET, "gemm2", tmp_path), tmp_path, Clock())
+        for config, us in ((sm90a.default_of_tile(64), 100.0), (better, 90.0)):
+            run.record(run.trace_of(config), [us * 1e-6])
+    chosen = sm90a.chosen("mxfp4", tmp_path)
+    assert chosen[64]["gemm2"].k_blocks == 2 and chosen[64]["gemm1"].k_blocks == sm90a.TILES[64][3]
+    assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]
+
+
+def test_without_records_the_choices_are_the_shipped_ones(tmp_path):
+    from tvmmoe.kernels.sm90a.build import variants
+
+    for weight_format in WeightFormat:
+        chosen = sm90a.chosen(weight_format.name, tmp_path)
+        assert {v.tile_m: {"gemm1": v.gemm1, "gemm2": v.gemm2} for v in variants(weight_format)} == chosen
+        for stage in ("gemm1", "gemm2"):
+            assert cpu.chosen(stage, weight_format.name, 8, tmp_path) == cpu.GemmConfig()
 
 
 # ------------------------------------------------------------------------------------------------------ command line

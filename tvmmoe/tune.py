@@ -23,7 +23,7 @@ from tvmmoe.errors import TvmMoeError, UnsupportedError
 from tvmmoe.shapes import shape_case
 from tvmmoe.tuning import records
 from tvmmoe.tuning.search import Run
-from tvmmoe.tuning.tasks import STAGES, Task
+from tvmmoe.tuning.tasks import STAGES, Task, key_of
 from tvmmoe.tuning.worker import Worker
 
 MODULES = {"cpu": "tvmmoe.tuning.cpu", "sm90a": "tvmmoe.tuning.sm90a"}
@@ -122,7 +122,7 @@ def summary(run: Run, target: ModuleType, seconds: float) -> str:
     if run.best is None:
         return f"{head}{seconds:.0f} s; {run.errors[0][1] if run.errors else 'nothing to measure'}"
     config, us = run.best
-    hand = run.us.get(tuple(target.default(run.task).items()))
+    hand = run.us.get(key_of(target.default(run.task)))
     against = f", hand-chosen {hand:.1f} us" if hand else ""
     choices = " ".join(f"{name}={value}" for name, value in config.items())
     return f"{head}{seconds:.0f} s; best {us:.1f} us ({choices}){against}"

@@ -15,8 +15,9 @@ import tvm
 
 from tvmmoe import numerics
 from tvmmoe.kernels.cpu import TILE_M
-from tvmmoe.spaces.cpu import parallel_outermost, tile_gemm
+from tvmmoe.spaces.cpu import GemmConfig, parallel_outermost, tile_gemm
 from tvmmoe.testing import rel_l2
+from tvmmoe.tuning import records
 from tvmmoe.tuning.tasks import Task, decide
 
 TARGET = "x86-64-v3"
@@ -59,6 +60,14 @@ def space(task: Task, sch: tvm.s_tir.Schedule) -> None:
 def default(task: Task) -> dict[str, int]:
     """The hand-chosen decisions."""
     return {"panel_n": 8, "micro_m": min(4, task.tile_m), "micro_n": 1}
+
+
+def chosen(stage: str, weight_format: str, tile_m: int, root: Path | None = None) -> GemmConfig:
+    """The recorded choice for a tile height, or the hand-chosen one."""
+    measurements = records.load(TARGET, stage, root)[0]
+    task = Task(TARGET, stage, weight_format, "", 1, tile_m)
+    mine = [m for m in measurements if (m.task.weight_format, m.task.tile_m) == (weight_format, tile_m)]
+    return GemmConfig(**records.choose(mine, default(task)))
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import tvm
 import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tvmmoe.errors import ArgumentError
 from tvmmoe.loader import data_dir
-from tvmmoe.tuning.tasks import LABEL, STAGES, Task, decisions
+from tvmmoe.tuning.tasks import LABEL, STAGES, Task, decisions, key_of
 
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
 
@@ -60,7 +59,10 @@ class Measurement:
 
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
-    database = database_of(folder_of(target, stage, root))
+    folder = folder_of(target, stage, root)
+    if not (folder / "database_tuning_record.json").is_file():
+        return [], []
+    database = database_of(folder)
     measurements, stale, modules = [], {}, {}
     for record in database.get_all_tuning_records():
         task = Task.of_label(target, stage, str(record.workload.mod["main"].attrs[LABEL]))
@@ -87,11 +89,11 @@ def choose(measurements: list[Measurement], default: dict[str, int], fixed: str 
     ``default`` stays unless another is at least MIN_GAIN faster over at least half of the tasks that ``default`` has.
     """
     by_task: dict[Task, dict[tuple, float]] = {}
-    key = tuple(default.items())
+    key = key_of(default)
     for m in measurements:
         if fixed not in m.config or m.config[fixed] == default[fixed]:
             times = by_task.setdefault(m.task, {})
-            config = tuple(m.config.items())
+            config = key_of(m.config)
             times[config] = min(m.us, times.get(config, math.inf))
     ratios: dict[tuple, list[float]] = {}
     for times in by_task.values():

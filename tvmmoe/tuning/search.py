@@ -16,7 +16,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Trace
 
 from tvmmoe.tuning.records import database_of
-from tvmmoe.tuning.tasks import Task, decisions
+from tvmmoe.tuning.tasks import Task, decisions, key_of
 from tvmmoe.tuning.worker import Worker
 
 BATCH = 16
@@ -94,7 +94,7 @@ class Builder(ms.builder.PyBuilder):
         fresh = []
         for i, item in enumerate(build_inputs):
             config = decisions(Schedule(item.mod))
-            key = tuple(config.items())
+            key = key_of(config)
             if key in run.known:
                 results[i] = ms.builder.BuilderResult(None, "recorded before")
             else:
@@ -176,7 +176,7 @@ class Run:
         self.us: dict[tuple, float] = {}  # by decisions, in order of measurement
         for record in self.database.get_all_tuning_records():
             if record.workload.same_as(self.workload) or tvm_ffi.structural_equal(record.workload.mod, self.mod):
-                self.us[tuple(self.config_of(record.trace).items())] = 1e6 * float(record.run_secs[0])
+                self.us[key_of(self.config_of(record.trace))] = 1e6 * float(record.run_secs[0])
         self.num_resumed = len(self.us)
         self.known = set(self.us)
         self.cost_model = ms.cost_model.XGBModel(
@@ -196,7 +196,7 @@ class Run:
         config = self.configs[path][int(index)]
         reply = self.worker.measure(self.task, path, config)
         if "us" in reply:
-            self.us[tuple(config.items())] = reply["us"]
+            self.us[key_of(config)] = reply["us"]
         else:
             self.errors.append((config, reply["error"]))
         self.progress(self)
@@ -209,11 +209,8 @@ class Run:
         target = self.target.tvm_target()
         self.database.commit_tuning_record(ms.database.TuningRecord(trace, self.workload, run_secs, target, args_info))
 
-    def measure_default(self) -> None:
-        """The hand-chosen decisions come first: whatever is found is compared with them."""
-        config = self.target.default(self.task)
-        if tuple(config.items()) in self.known:
-            return
+    def trace_of(self, config: dict[str, int]) -> Trace:
+        """A point of the space, as its trace."""
         sch = Schedule(self.mod)
         self.target.space(self.task, sch)
         sampled = [inst for inst in sch.trace.insts if inst.kind.name == "SampleCategorical"]
@@ -221,11 +218,19 @@ class Run:
         for inst, value in zip(sampled, config.values(), strict=True):
             chosen[inst] = [int(candidate) for candidate in inst.attrs[0]].index(value)
         trace = Trace(sch.trace.insts, chosen)
+        assert self.config_of(trace) == config, config
+        return trace
+
+    def measure_default(self) -> None:
+        """The hand-chosen decisions come first: whatever is found is compared with them."""
+        config = self.target.default(self.task)
+        if key_of(config) in self.known:
+            return
+        trace = self.trace_of(config)
         sch = Schedule(self.mod)
         trace.apply_to_schedule(sch, remove_postproc=True)
-        assert decisions(sch) == config, (decisions(sch), config)
         ((path, error),) = self.target.build(self.task, [(config, sch.mod)], self.folder)
-        self.known.add(tuple(config.items()))
+        self.known.add(key_of(config))
         if error:
             self.errors.append((config, error))
             return

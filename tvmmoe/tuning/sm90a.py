@@ -31,7 +31,8 @@ from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, TILES, Arguments
 from tvmmoe.testing import rel_l2
-from tvmmoe.tuning.tasks import Task, decide
+from tvmmoe.tuning import records
+from tvmmoe.tuning.tasks import STAGES, Task, decide
 
 TARGET = "sm90a"
 MAX_ERROR = 1e-3  # against the shipped kernel: another order of the same float32 sums
@@ -74,9 +75,24 @@ def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
 
 def default(task: Task) -> dict[str, int]:
     """Hand-chosen decisions for the task's rows an expert."""
-    tile_m = next((m for m in TILES if m >= task.rows_per_expert), max(TILES))
+    return default_of_tile(next((m for m in TILES if m >= task.rows_per_expert), max(TILES)))
+
+
+def default_of_tile(tile_m: int) -> dict[str, int]:
+    """Hand-chosen decisions for a tile height."""
     mi, ks, warpgroups, k_blocks = TILES[tile_m]
     return dict(tile_m=tile_m, mi=mi, ks=ks, warpgroups=warpgroups, k_blocks=k_blocks, max_stages=kernel.MAX_STAGES)
+
+
+def chosen(weight_format: str, root: Path | None = None) -> dict[int, dict[str, kernel.GemmConfig]]:
+    """Configuration of both stages by tile height: the recorded choice, or the hand-chosen one."""
+    choices: dict[int, dict[str, kernel.GemmConfig]] = {tile_m: {} for tile_m in TILES}
+    for stage in STAGES:
+        measurements = [m for m in records.load(TARGET, stage, root)[0] if m.task.weight_format == weight_format]
+        for tile_m, configs in choices.items():
+            config = records.choose(measurements, default_of_tile(tile_m))
+            configs[stage] = kernel.GemmConfig(WeightFormat[weight_format], **config)
+    return choices
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:

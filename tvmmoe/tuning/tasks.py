@@ -121,6 +121,11 @@ def decisions(sch: tvm.s_tir.Schedule) -> dict[str, int]:
     return {name[len(PREFIX) :]: int(value) for name, value in annotations.items() if name.startswith(PREFIX)}
 
 
+def key_of(config: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    """Decisions as a key, in whatever order they come."""
+    return tuple(sorted(config.items()))
+
+
 def decide(sch: tvm.s_tir.Schedule, knobs: dict[str, tuple[int, ...]]) -> dict[str, object]:
     """Sample every knob uniformly and leave the decisions on the workload."""
     block, sampled = sch.get_sblock(EPILOGUE, "main"), {}
