@@ -2,6 +2,7 @@
 """Build artifacts and their manifest entries: ``python -m tvmmoe.build --target cpu|sm90a``. Needs the extra ``tune``."""
 
 import argparse
+import functools
 import hashlib
 import json
 import subprocess
@@ -66,9 +67,16 @@ def selection_rows(
     ]
 
 
+def cpu_functions() -> dict[str, Any]:
+    """What the CPU artifacts are compiled from, with the sizes that the tuning records choose."""
+    from tvmmoe.tuning.cpu import chosen
+
+    return cpu.functions(functools.cache(chosen))
+
+
 def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both x86-64 levels: file records and selection entries."""
-    compiled = cpu.functions()
+    compiled = cpu_functions()
     digest = cpu.tir_sha256(compiled)
     files = {}
     (folder / "cpu").mkdir(parents=True, exist_ok=True)
@@ -93,8 +101,16 @@ def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One file per weight format. ``verified`` stays ``compiled`` until the gpu suite has run on the rebuilt file."""
     from tvmmoe.kernels.sm90a import build
 
-    build.build_sm90a(folder / "sm90a")
+    build.build_sm90a(folder / "sm90a", sm90a_variants)
     return sm90a_records(folder, "compiled")
+
+
+def sm90a_variants(weight_format: WeightFormat) -> list[Any]:
+    """The variants that ship: what the tuning records choose, by hand where there are none."""
+    from tvmmoe.kernels.sm90a.operator import Variant
+    from tvmmoe.tuning.sm90a import chosen
+
+    return [Variant(**configs) for configs in chosen(weight_format.name).values()]
 
 
 def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -103,7 +119,7 @@ def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dic
 
     files, entries = {}, []
     for weight_format in WeightFormat:
-        variants = build.variants(weight_format)
+        variants = sm90a_variants(weight_format)
         file = f"sm90a/{build.file_name(weight_format)}"
         digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
         files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)

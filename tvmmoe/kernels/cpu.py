@@ -7,7 +7,7 @@ Stages and operator are separate objects: TVM's llvm backend cannot call a packe
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tvm
@@ -25,7 +25,15 @@ RUNTIME_SOURCE = Path(__file__).with_name("cpu_runtime.c")
 DTYPES = ("float32", "bfloat16")
 
 
-def stages() -> Iterator[tuple[str, tirx.PrimFunc]]:
+Choose = Callable[[str, str, int], space.GemmConfig]  # of stage, weight format and tile height
+
+
+def by_hand(stage: str, weight_format: str, tile_m: int) -> space.GemmConfig:
+    """The hand-chosen sizes."""
+    return space.GemmConfig()
+
+
+def stages(choose: Choose = by_hand) -> Iterator[tuple[str, tirx.PrimFunc]]:
     """(symbol, scheduled definition) of every stage of the CPU artifact."""
     for dtype in DTYPES:
         for bias_dtype in DTYPES:
@@ -37,11 +45,12 @@ def stages() -> Iterator[tuple[str, tirx.PrimFunc]]:
         yield stage_symbol("gather", form.name), space.schedule_gather(gather.gather(form))
     for mode in requantize.MODES:
         yield stage_symbol("requantize", mode), space.schedule_requantize(requantize.requantize(mode))
-    config = space.GemmConfig()
     for weight_format in WeightFormat:
         for tile_m in TILE_M:
             symbol = stage_symbol("gemm2", weight_format.name, f"m{tile_m}")
+            config = choose("gemm2", weight_format.name, tile_m)
             yield symbol, space.schedule_gemm(gemm2.gemm2(weight_format, tile_m), config)
+            config = choose("gemm1", weight_format.name, tile_m)
             for activation in ActivationType:
                 symbol = stage_symbol("gemm1", weight_format.name, activation.name, f"m{tile_m}")
                 yield symbol, space.schedule_gemm(gemm1.gemm1(weight_format, activation, tile_m), config)
@@ -54,9 +63,9 @@ def entries() -> Iterator[tuple[str, tirx.PrimFunc]]:
             yield entry_symbol(weight_format, tile_m), operator(weight_format, tile_m)
 
 
-def functions() -> dict[str, tirx.PrimFunc]:
+def functions(choose: Choose = by_hand) -> dict[str, tirx.PrimFunc]:
     """Everything the artifact is compiled from, by symbol."""
-    return {symbol: func.with_attr("global_symbol", symbol) for symbol, func in (*stages(), *entries())}
+    return {symbol: func.with_attr("global_symbol", symbol) for symbol, func in (*stages(choose), *entries())}
 
 
 def tir_sha256(compiled: dict[str, tirx.PrimFunc]) -> str:
