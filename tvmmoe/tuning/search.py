@@ -138,21 +138,6 @@ class Runner(ms.runner.PyRunner):
         return [Measured(self.run_.measure(str(item.artifact_path))) for item in runner_inputs]
 
 
-@derived_object
-class Record(ms.measure_callback.PyMeasureCallback):
-    """Appends what was measured to the database; failures leave no record."""
-
-    def __init__(self, run: "Run") -> None:
-        super().__init__()
-        self.run = run
-
-    def apply(self, task_scheduler, task_id, measure_candidates, builder_results, runner_results) -> None:
-        for candidate, result in zip(measure_candidates, runner_results, strict=True):
-            if result is None or result.error_msg is not None or not result.run_secs:
-                continue
-            self.run.record(candidate.sch.trace, [float(s) for s in result.run_secs])
-
-
 class Run:
     """The search of one task and what it has found."""
 
@@ -191,12 +176,13 @@ class Run:
         return decisions(sch)
 
     def measure(self, artifact: str):
-        """Result of a built candidate."""
+        """Result of a built candidate; a correct one is recorded at once, so that nothing is lost by stopping."""
         path, index = artifact.rsplit("#", 1)
         config = self.configs[path][int(index)]
         reply = self.worker.measure(self.task, path, config)
         if "us" in reply:
             self.us[key_of(config)] = reply["us"]
+            self.record(self.trace_of(config), [reply["us"] * 1e-6])
         else:
             self.errors.append((config, reply["error"]))
         self.progress(self)
@@ -235,9 +221,7 @@ class Run:
             self.errors.append((config, error))
             return
         self.configs[path] = [*self.configs.get(path, []), config]
-        result = self.measure(f"{path}#{len(self.configs[path]) - 1}")
-        if result.error_msg is None:
-            self.record(sch.trace, [float(s) for s in result.run_secs])
+        self.measure(f"{path}#{len(self.configs[path]) - 1}")
 
     def search(self, num_trials: int, seed: int = 0) -> None:
         """Measure until the task has ``num_trials`` records, failures counted."""
@@ -261,7 +245,7 @@ class Run:
                 tasks=[context], task_weights=[1.0], work_dir=str(self.folder), max_trials_global=num_trials,
                 num_trials_per_iter=min(BATCH, num_trials), builder=Builder(self), runner=Runner(self),
                 database=self.database, cost_model=self.cost_model, task_scheduler="round-robin",
-                measure_callbacks=[Record(self), ms.measure_callback.UpdateCostModel()],
+                measure_callbacks=[ms.measure_callback.UpdateCostModel()],
             )  # fmt: skip
         except Exception:  # OutOfTime may arrive as another type: it has passed through TVM's C++
             if self.deadline is None or time.monotonic() < self.deadline:
