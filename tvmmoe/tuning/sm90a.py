@@ -160,6 +160,12 @@ def _compile(stage: str, configs: Sequence[kernel.GemmConfig], path: str) -> str
         return f"{type(error).__name__}: {error}"[:500]
 
 
+@functools.lru_cache(maxsize=1)
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """Compiling processes, one a core. They stay: importing torch and TVM takes each of them ten seconds."""
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
 def compile_all(
     stage: str, configs: Iterable[kernel.GemmConfig], folder: Path
 ) -> dict[kernel.GemmConfig, tuple[str, str]]:
@@ -172,25 +178,20 @@ def compile_all(
             if symbol(stage, c) in (folder / f"{stem}.txt").read_text().split():
                 done[c] = (str(path), "")
     todo = [c for c in todo if c not in done]
-    cores = os.cpu_count() or 1
-    size = max(1, min(PER_UNIT, len(todo) // cores))
+    size = max(1, min(PER_UNIT, len(todo) // (os.cpu_count() or 1)))
     units = [todo[i : i + size] for i in range(0, len(todo), size)]
-    with concurrent.futures.ProcessPoolExecutor(
-        min(cores, max(len(units), 1)), multiprocessing.get_context("spawn")
-    ) as pool:
-        while units:
-            jobs = [(unit, folder / f"{_digest(stage, unit)}.so") for unit in units]
-            errors = list(
-                pool.map(_compile, [stage] * len(jobs), [unit for unit, _ in jobs], [str(p) for _, p in jobs])
-            )
-            units = []
-            for (unit, path), error in zip(jobs, errors, strict=True):
-                if error and len(unit) > 1:
-                    units += [[c] for c in unit]  # one of them spoils the others
-                    continue
-                done |= {c: ("" if error else str(path), error) for c in unit}
-                if not error:
-                    path.with_suffix(".txt").write_text("\n".join(symbol(stage, c) for c in unit))
+    while units:
+        jobs = [(unit, folder / f"{_digest(stage, unit)}.so") for unit in units]
+        futures = [_pool().submit(_compile, stage, unit, str(path)) for unit, path in jobs]
+        units = []
+        for (unit, path), future in zip(jobs, futures, strict=True):
+            error = future.result()
+            if error and len(unit) > 1:
+                units += [[c] for c in unit]  # one of them spoils the others
+                continue
+            done |= {c: ("" if error else str(path), error) for c in unit}
+            if not error:
+                path.with_suffix(".txt").write_text("\n".join(symbol(stage, c) for c in unit))
     return done
 
 
