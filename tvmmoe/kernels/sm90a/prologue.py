@@ -98,6 +98,9 @@ def _place(a, thread, experts, tiles, rows, num_pairs, tile_m: int) -> None:
             store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), cast(pair, "int64") * 4), row)
             with if_(pair == 0):
                 store_to("int32", address(a.ws["num_tiles"]), num_tiles)
+            with if_(mine >= 0):
+                token = let(pair // cast(a.top_k, "int32"))
+                store_to("int32", address(a.ws["permuted_idx_to_token"], cast(row, "int64") * 4), token)
             with if_(T.And(mine >= 0, rank % share == 0)):
                 store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), mine)
                 live = let(T.min(count - rank, share))
