@@ -160,11 +160,11 @@ def _expert_totals(a, thread, warp_counts, num_local):
     total, before = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
     with if_(thread.tid < num_local):
         local = scalar("int32", T.int32(0))
-        for warp in range(WARPS):
-            index = warp * num_local + thread.tid
-            here = let(cast(warp_counts[index], "int32"))
-            I.buffer_store(warp_counts, cast(local, "uint16"), [index])
-            assign(local, local + here)
+        for first in range(0, WARPS, WARPS // 2):  # loads of a half come before its stores
+            places = [warp * num_local + thread.tid for warp in range(first, first + WARPS // 2)]
+            for place, here in [(place, let(cast(warp_counts[place], "int32"))) for place in places]:
+                I.buffer_store(warp_counts, cast(local, "uint16"), [place])
+                assign(local, local + here)
         chunks = let(num_chunks(a))
         assign(total, local)
         with if_(chunks > 1):

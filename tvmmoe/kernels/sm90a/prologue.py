@@ -7,15 +7,18 @@
 
     grid       num_tokens * ceil(H / 2048) CTAs of 8 warps; a thread gathers 8 columns of the CTA's token
     place      a warp a slot: rank = pairs of the expert before this one, first tile = tiles of lower experts, both
-               summed over 32 lanes. Rows come out as permute.scatter makes them
+               summed over 32 lanes
+
+Rows come out as permute.scatter makes them.
 """
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
+from tvmmoe.kernels.sm90a.gemm import PAST_L1
 from tvmmoe.kernels.sm90a.permute import rows_per_tile
-from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, THREADS, WARPS, Router
+from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -37,7 +40,6 @@ from tvmmoe.kernels.sm90a.trace import (
 
 MAX_TOKENS = 16  # of prologue: two a warp
 MAX_PAIRS = 2048  # of arrange
-MAX_TOP_K = 32
 COLUMNS = THREADS * 8
 
 
@@ -56,7 +58,7 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     segments = segments_of(a, COLUMNS)
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
-        router, placement = Router(a, smem), Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
+        router, placement = Router(a, smem, MAX_TOKENS), Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
         token = let(thread.cta // cast(segments, "int32"))  # num_tokens for the CTA that writes ids and weights
@@ -66,8 +68,8 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         router.begin(thread, T.int32(0), num_tokens)
-        router.write_keys()
         chunk.load()
+        router.write_keys()
         cuda.cta_sync()
         with for_((num_tokens + WARPS - 1) // WARPS) as i:
             routed = let(i * WARPS + thread.warp)
@@ -94,6 +96,7 @@ def arrange(a, form: ActivationFormat, tile_m: int) -> None:
         smem.commit()
         token, segment = let(thread.cta // cast(segments, "int32")), let(thread.cta % cast(segments, "int32"))
         chunk = Chunk(a, form, token, segment, thread, COLUMNS)
+        chunk.load(PAST_L1)  # route started after everything that writes it had ended
         placement.clear()
         cuda.cta_sync()
         ptx.griddepcontrol.wait()
@@ -104,7 +107,6 @@ def arrange(a, form: ActivationFormat, tile_m: int) -> None:
         for pair, expert in zip(pairs, experts, strict=True):
             with if_(pair < num_pairs):
                 assign(expert, load("int32", address(a.ws["topk_ids"], cast(pair, "int64") * 4)))
-        chunk.load()
         for pair, expert in zip(pairs, experts, strict=True):
             with if_(pair < num_pairs):
                 placement.put(pair, expert)

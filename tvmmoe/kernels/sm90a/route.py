@@ -42,11 +42,13 @@ WARPS = 8
 THREADS = 32 * WARPS
 ENTRIES = 2048  # (token, expert) pairs that a CTA holds
 MAX_EXPERTS = 1024
+MAX_TOP_K = 32
 ONE_WAVE = 1024  # CTAs of this size that the card holds at once, about
 BATCH = 4  # loads of a thread that are under way at once
 PER_LANE = (4, 8, MAX_EXPERTS // 32)  # experts of a lane that select is compiled for
 CLOSED = -(2**31)  # key of an expert that may not be chosen; only a NaN of one pattern shares it
 LOWEST = -2139095041  # key of -inf
+TINY = 0x3BC79CA10C924223  # bits of 1e-20, which generated source would print as 0
 
 
 def _key_to_float(key):
@@ -68,11 +70,12 @@ def _best(keys) -> tuple:
 class Router:
     """Scores, keys and choices of the tokens ``first`` ... ``first + num_tokens`` - 1 of a CTA."""
 
-    def __init__(self, a, smem: Smem):
+    def __init__(self, a, smem: Smem, max_tokens: int):
         self.a = a
         self._keys, self._group_keys = (smem.alloc(ENTRIES, "int32", 128) for _ in range(2))
         self._scores = smem.alloc(ENTRIES, "float32", 128)
         self._is_open = smem.alloc(ENTRIES, "uint8", 128)
+        self._chosen = smem.alloc(max_tokens * MAX_TOP_K, "int32", 128)
 
     def begin(self, thread, first, num_tokens) -> None:
         """Registers that the stages share."""
@@ -150,18 +153,20 @@ class Router:
             self._softmax_keys(base)
         with if_(self.is_grouped):
             self._open_groups(base)
-        expert, key = scalar("int32", T.int32(0)), scalar("float32", T.float32(0))
+        slots, key = let(token * MAX_TOP_K), scalar("float32", T.float32(0))
         small, medium, large = PER_LANE
         if_else(
             self.num_experts <= 32 * small,
-            lambda: self._select(base, small, expert, key),
+            lambda: self._select(base, slots, small, key),
             lambda: if_else(
                 self.num_experts <= 32 * medium,
-                lambda: self._select(base, medium, expert, key),
-                lambda: self._select(base, large, expert, key),
+                lambda: self._select(base, slots, medium, key),
+                lambda: self._select(base, slots, large, key),
             ),
         )
-        return expert, key
+        cuda.warp_sync()
+        slot = T.Select(self.lane < self.top_k, self.lane, T.int32(0))
+        return let(self._chosen[slots + slot]), key
 
     def _softmax_keys(self, base) -> None:
         """Default ranks by the softmax itself: its rounding decides ties."""
@@ -228,7 +233,7 @@ class Router:
                 total = let(_key_to_float(first) + _key_to_float(second))
                 I.buffer_store(self._group_keys, numerics.sortable_key(total), [base + g])
 
-    def _select(self, base, per_lane: int, expert, share) -> None:
+    def _select(self, base, slots, per_lane: int, share) -> None:
         keys, own = regs(per_lane, "int32"), [let(self.lane * per_lane + i) for i in range(per_lane)]
         for i, e in enumerate(own):
             key = let(self._keys[base + T.min(e, self.num_experts - 1)])
@@ -241,23 +246,29 @@ class Router:
             for i in range(per_lane):
                 store(keys, T.Select(is_open[i] != T.uint8(0), keys[i], T.int32(CLOSED)), i)
         best, position = (let(value) for value in _best([keys[i] for i in range(per_lane)]))
+        for i in range(per_lane):  # ``keys`` holds those behind the lane's best
+            store(keys, T.Select(position == i, T.int32(CLOSED), keys[i]), i)
+        lower_lanes = let((u32(1) << cast(self.lane, "uint32")) - u32(1))
         with for_(self.top_k) as k:
             key = let(warp_max_s32(best))
+            second, second_position = _best([keys[i] for i in range(per_lane)])  # while the maximum is under way
             holders = let(T.cuda.ballot_sync(u32(0xFFFFFFFF), cast(best == key, "int32")), "uint32")
-            owner = let(T.call_pure_extern("int32", "__ffs", cast(holders, "int32")) - 1)
-            chosen = shuffle(let(self.lane * per_lane + position), owner)
+            is_owner = T.And(best == key, (holders & lower_lanes) == u32(0))
+            with if_(is_owner):
+                none_left = bits(key) == u32(1 << 31)  # TVM folds a comparison with the least int32 to false
+                chosen = T.Select(none_left, self.num_experts - 1, self.lane * per_lane + position)
+                I.buffer_store(self._chosen, chosen, [slots + k])
             with if_(T.Or(self.lane == k, k == 0)):
-                assign(expert, T.Select(key == CLOSED, self.num_experts - 1, chosen))  # none left
                 assign(share, _key_to_float(key))
-            closed = let(T.Select(self.lane == owner, position, T.int32(-1)))
+            closed = let(T.Select(is_owner, second_position, T.int32(-1)))
+            assign(position, T.Select(closed >= 0, second_position, position))
+            assign(best, T.Select(closed >= 0, second, best))
             for i in range(per_lane):
                 store(keys, T.Select(closed == i, T.int32(CLOSED), keys[i]), i)
-            next_best, next_position = _best([keys[i] for i in range(per_lane)])
-            assign(best, next_best)
-            assign(position, next_position)
 
     def weigh(self, token, expert, share):
         """bfloat16 bits of the weight of slot ``lane``, as :meth:`choose` returned it."""
+        tiny = T.reinterpret("float64", T.uint64(TINY))
         a, score = self.a, let(self._scores[token * self.num_experts + expert])
         is_softmax = self.is_method(Method.Renormalize, Method.RenormalizeNaive)
         weight, term = let(score), scalar("float64", T.float64(0))
@@ -275,9 +286,9 @@ class Router:
             assign(weight, cast(term / total, "float32"))
         with if_(T.And(self.is_method(Method.SigmoidRenorm), a.norm_topk_prob != 0)):
             # Not T.max, which would replace NaN.
-            assign(weight, cast(term / T.Select(total < T.float64(1e-20), T.float64(1e-20), total), "float32"))
+            assign(weight, cast(term / T.Select(total < tiny, tiny, total), "float32"))
         with if_(self.is_method(Method.DeepSeekV3, Method.MiniMax2)):
-            assign(weight, cast(term * a.routed_scaling_factor / (total + T.float64(1e-20)), "float32"))
+            assign(weight, cast(term * a.routed_scaling_factor / (total + tiny), "float32"))
         return let(numerics.float32_to_bf16(weight))
 
     def write(self, token, expert, weight) -> None:
@@ -315,7 +326,7 @@ def route(a) -> None:
     per_cta = T.Select(a.num_tokens <= ONE_WAVE, T.int64(1), several)
     with kernel("route", cast((a.num_tokens + per_cta - 1) // per_cta, "int32"), THREADS) as thread:
         smem = Smem()
-        router = Router(a, smem)
+        router = Router(a, smem, WARPS)
         smem.commit()
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
