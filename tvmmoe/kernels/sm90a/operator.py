@@ -2,7 +2,8 @@
 """The whole operator as one packed host function that launches its kernels on the current stream.
 
     route -> [count] -> scatter -> gather -> gemm1 -> [requantize] -> gemm2 -> [finalize]
-    prologue ------------------------^    for a few tokens
+    route -> arrange ---------------------^    for up to 2048 (token, slot) pairs
+    prologue -----------------------------^    for a few tokens
 
 The calling convention is ``tvmmoe.abi``. The host function encodes the tensor maps, picks kernels by host values
 (activation format, gated or not, one chunk of pairs or more) and launches: no allocation, no synchronisation, no read
@@ -10,6 +11,7 @@ of device memory. The caller zeroes ``gemm2_output`` when it asks for it: only l
 Every kernel waits for the grids before it (griddepcontrol.wait) and lets the next one start its prologue at once.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import tvm
@@ -111,17 +113,21 @@ def _launch_all(a: Arguments, variant: Variant) -> None:
             with if_(a.activation_format == int(form)):
                 emit(form)
 
-    def three_kernels():
-        route(a)
+    def place_and_gather():
         with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
             permute.count(a)
         permute.scatter(a, variant.tile_m)
         by_format(lambda form: gather(a, form))
 
+    def by_stages():
+        route(a)
+        arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
+        if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
+
     if variant.tile_m == min(TILES):  # other tiles hardly meet so few tokens
-        if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), three_kernels)
+        if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), by_stages)
     else:
-        three_kernels()
+        by_stages()
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     if_else(
         is_gated,

@@ -12,6 +12,7 @@
 An expert's tiles share its rows evenly, to whole widths: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
 last tile would cost far more than its rows. Tiles up to 32 rows have one width and are filled.
 
+permuted_idx_to_token is the inverse of the placing; rows of padding have none.
 Local experts ascend; inside an expert rows follow expanded_idx. The pair on a tile's first row describes the tile.
 """
 
@@ -144,6 +145,8 @@ def scatter(a, tile_m: int) -> None:
             rows = let(totals[e])
             share = let(rows_per_tile(rows, tile_m))
             assign(row, first_row[e] + index // share * tile_m + index % share)
+            token = let(cast(pair, "int32") // cast(a.top_k, "int32"))
+            store_to("int32", address(a.ws["permuted_idx_to_token"], cast(row, "int64") * 4), token)
             with if_(index % share == 0):
                 tile = let(cast(row // tile_m, "int64"))
                 store_to("int32", address(a.ws["tile_expert"], tile * 4), e)
@@ -157,11 +160,11 @@ def _expert_totals(a, thread, warp_counts, num_local):
     total, before = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
     with if_(thread.tid < num_local):
         local = scalar("int32", T.int32(0))
-        for warp in range(WARPS):
-            index = warp * num_local + thread.tid
-            here = let(cast(warp_counts[index], "int32"))
-            I.buffer_store(warp_counts, cast(local, "uint16"), [index])
-            assign(local, local + here)
+        for first in range(0, WARPS, WARPS // 2):  # loads of a half come before its stores
+            places = [warp * num_local + thread.tid for warp in range(first, first + WARPS // 2)]
+            for place, here in [(place, let(cast(warp_counts[place], "int32"))) for place in places]:
+                I.buffer_store(warp_counts, cast(local, "uint16"), [place])
+                assign(local, local + here)
         chunks = let(num_chunks(a))
         assign(total, local)
         with if_(chunks > 1):
