@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch: results and workspace from torch's allocator, then one packed call; the op that torch.compile sees.
 
-Eager calls go straight to :func:`launch`. Under torch.compile the registered ``tvmmoe::fp4_block_scale_moe`` is
-called, whose fake implementation runs the same validation on fake tensors.
+Eager calls go straight to :func:`launch`, known ones past it (:mod:`tvmmoe.relaunch`). Under torch.compile the registered
+``tvmmoe::fp4_block_scale_moe`` is called, whose fake implementation runs the same validation on fake tensors.
 """
 
-import contextlib
 import functools
 import inspect
 import os
@@ -105,21 +104,14 @@ def launch(
             addresses[index] = tensor.data_ptr()
     for name, tensor in written.items():
         addresses[_RESULTS[name]] = tensor.data_ptr()
-    with _device_guard(problem.device):
-        p.function(workspace, *addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
+    # A CUDA entry makes the workspace's device current while it launches.
+    p.function(workspace, *addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
     return results if output is None else [output]
 
 
 _PIECES = ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")  # of do_finalize=False
 _RESULTS = {name: abi.POINTERS.index(name) for name in ("output", *_PIECES)}
 _INPUTS = tuple((name, i) for i, name in enumerate(abi.POINTERS) if name not in _RESULTS)
-
-
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes ``device`` current; nothing to do where it is already."""
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _ints(problem: Problem) -> tuple[int, ...]:
