@@ -98,15 +98,22 @@ def launch(
     workspace = torch.empty(p.workspace_bytes, dtype=torch.uint8, device=problem.device)
     if p.set_num_threads is not None:
         p.set_num_threads(torch.get_num_threads())
+    # A CUDA entry makes the workspace's device current while it launches.
+    p.function(workspace, *entry_arguments(p, problem, tensors, written))
+    return results if output is None else [output]
+
+
+def entry_arguments(
+    p: Plan, problem: Problem, tensors: dict[str, torch.Tensor | None], written: dict[str, torch.Tensor]
+) -> tuple[int | float, ...]:
+    """What an entry is called with after its workspace; ``written`` are the results by name."""
     addresses = [0] * len(abi.POINTERS)
     for name, index in _INPUTS:
         if (tensor := tensors[name]) is not None:
             addresses[index] = tensor.data_ptr()
     for name, tensor in written.items():
         addresses[_RESULTS[name]] = tensor.data_ptr()
-    # A CUDA entry makes the workspace's device current while it launches.
-    p.function(workspace, *addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
-    return results if output is None else [output]
+    return (*addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
 
 
 _PIECES = ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")  # of do_finalize=False
