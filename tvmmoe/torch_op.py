@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tvmmoe import abi, loader
-from tvmmoe.arguments import validate
+from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import Problem
 from tvmmoe.kernels.sm90a.layout import workspace_bytes as sm90a_workspace_bytes
 from tvmmoe.loader import Entry
@@ -160,17 +160,17 @@ _SCHEMA = """(
 
 
 @torch.library.custom_op("tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA)
-def _registered(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+def _registered(*args: Any) -> tuple[torch.Tensor, ...]:
     """The op as dispatched: a fixed number of results, those that the call does not have (or wrote in place) empty."""
-    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+    arguments = dict(zip(NAMES, args, strict=True))
     problem = validate(**arguments)
     results = launch(problem, arguments)
     return _three(problem, [] if problem.do_finalize and arguments["output"] is not None else results)
 
 
 @_registered.register_fake
-def _fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+def _fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    arguments = dict(zip(NAMES, args, strict=True))
     problem = validate(**arguments)
     # Sizes may be symbols, which have no hash; asking the table guards on the range of tokens that it answers for.
     tile_m = 1 if problem.do_finalize else selected_entry(problem).tile_m
