@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tvmmoe
-from tvmmoe import loader, op, torch_op
+from tvmmoe import loader, op, relaunch, torch_op
 from tvmmoe.config import WeightFormat
 from tvmmoe.select import select, targets_of
 
@@ -33,6 +33,11 @@ def test_cpu_artifact_is_fresh():
     digest = cpu.tir_sha256(cpu_functions())
     for level in cpu.LEVELS:
         assert MANIFEST.files[f"cpu/fp4_block_scale_moe_{level}.so"]["tir_sha256"] == digest
+
+
+def test_host_artifact_is_fresh():
+    build = pytest.importorskip("tvmmoe.build")
+    assert MANIFEST.files[relaunch.FILE]["tir_sha256"] == hashlib.sha256(build.HOST_SOURCE.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("weight_format", WeightFormat)
@@ -64,9 +69,11 @@ def test_both_cpu_levels_agree(target, monkeypatch):
     kwargs = make_case(num_tokens=21)
     (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
     torch_op.selected_plan.cache_clear()
+    relaunch.forget()
     monkeypatch.setattr(torch_op, "targets_of", lambda device: (target,))
     (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
     torch_op.selected_plan.cache_clear()
+    relaunch.forget()
     assert rel_l2(actual, expected) < 4e-3
 
 

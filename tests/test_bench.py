@@ -118,6 +118,16 @@ def test_stages_are_named(tiny, capsys):
         assert f"{stage} " in printed
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_host_parts(device, tiny, tmp_path):
+    path = tmp_path / "result.json"
+    assert bench.main(f"--shape tiny --tokens 1 --rounds 1 --host --device {device} --save {path}".split()) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    parts = row["host_parts_us"]
+    assert list(parts) == ["call", "call with output", "validated call", "validate", "allocate", "entry"]
+    assert parts["validate"] + parts["allocate"] < parts["validated call"]
+
+
 @pytest.mark.parametrize("activation", ActivationType)
 @pytest.mark.parametrize("mode", [{}, dict(weight_format=W.nvfp4), dict(activation_format=A.mxfp8)], ids=str)
 def test_baseline_is_the_operator(mode, activation):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build artifacts and their manifest entries: ``python -m tvmmoe.build --target cpu|sm90a``. Needs the extra ``tune``."""
+"""Build artifacts and their manifest entries: ``python -m tvmmoe.build --target sm90a``. Needs the extra ``tune``."""
 
 import argparse
 import functools
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 
+from tvmmoe import relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.crossovers import recorded_limits
@@ -20,7 +22,8 @@ from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.loader import artifacts_dir
 
 CPU_CROSSOVERS = "x86-64-v3"  # whose measured limits both levels take
-TARGETS = ("cpu", "sm90a")
+HOST_SOURCE = Path(cpu.__file__).with_name("relaunch.cc")
+TARGETS = ("cpu", "host", "sm90a")
 
 
 def _version_of(command: str, line: int) -> str:
@@ -97,6 +100,21 @@ def cpu_entries() -> list[dict[str, Any]]:
     return entries
 
 
+def build_host(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What eager calls of any device go through; the hash is that of its source, and it serves no entry of its own."""
+    path = folder / relaunch.FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    command = [
+        "g++", "-shared", "-fPIC", "-O2", "-s", "-std=c++17", "-fno-exceptions", "-fvisibility=hidden", "-Wall", "-Werror",
+        *(f"-I{include}" for include in includes), str(HOST_SOURCE),
+        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    digest = hashlib.sha256(HOST_SOURCE.read_bytes()).hexdigest()
+    return {relaunch.FILE: file_record(path, "host", digest, _version_of("g++", 0), "measured")}, []
+
+
 def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One file per weight format. ``verified`` stays ``compiled`` until the gpu suite has run on the rebuilt file."""
     from tvmmoe.kernels.sm90a import build
@@ -146,7 +164,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--out", type=Path, default=artifacts_dir(), help="folder of manifest.json and the files")
     arguments = parser.parse_args()
-    files, entries = (build_cpu if arguments.target == "cpu" else build_sm90a)(arguments.out)
+    files, entries = {"cpu": build_cpu, "host": build_host, "sm90a": build_sm90a}[arguments.target](arguments.out)
     write_manifest(arguments.out, files, entries)
     for name, record in files.items():
         print(f"{name}  {record['bytes'] / 2**20:.1f} MiB  tir {record['tir_sha256'][:12]}")

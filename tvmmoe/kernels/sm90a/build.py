@@ -84,7 +84,50 @@ def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
     flag = "val.programmaticStreamSerializationAllowed = "
     assert flag + "1;" in source
     source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # defined above, not imported
-    return _DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+    return _DRIVER_LOOKUP + once_per_call(source.replace(flag + "1;", flag + "(enable_pdl != 0);"))
+
+
+_ALLOW_SHARED_MEMORY = r"""
+#include <atomic>
+#include <cstdint>
+#include <cuda_runtime.h>
+// Most bytes that a kernel may ask for, told to the runtime once a device; `devices` has a bit for each.
+template <typename... Params>
+static cudaError_t tvmmoe_allow_shared_memory(
+    void (*kernel)(Params...), int num_bytes, int device, std::atomic<uint64_t>& devices) {
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (devices.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes);
+  if (error == cudaSuccess) devices.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+"""
+_GUARD = re.compile(r"tvm::ffi::CUDADeviceGuard cuda_device_guard\((.*)\);")
+_DEVICE = re.compile(r"int (cuda_device(?:_\d+)?);\s+if \(::tvm_cuda_host_check\(cudaGetDevice\(&\1\)\) != 0\) return -1;\s+")
+_STREAM = re.compile(r"static_cast<cudaStream_t>\(TVMFFIEnvGetStream\(kDLCUDA, cuda_device(?:_\d+)?\)\)")
+_SHARED_MEMORY = re.compile(
+    r"(if \(::tvm_cuda_host_check\()cudaFuncSetAttribute\(::(\w+), cudaFuncAttributeMaxDynamicSharedMemorySize, (\w+)\)"
+)
+
+
+def once_per_call(source: str) -> str:
+    """The same host code, but device and stream are asked for once a call, and shared memory is allowed once a device."""
+    kernels = [match[2] for match in _SHARED_MEMORY.finditer(source)]
+    assert len(set(kernels)) == len(kernels), "a kernel that is launched from two places may need more in one of them"
+    for match in _SHARED_MEMORY.finditer(source):
+        declared = source.rindex(f"auto {match[3]} = ", 0, match.start())
+        assert re.match(r"auto \w+ = \d+;", source[declared:]), "shared memory that depends on the call"
+    source = _SHARED_MEMORY.sub(
+        r"static std::atomic<uint64_t> devices{0};\n\1tvmmoe_allow_shared_memory(::\2, \3, tvmmoe_device, devices)", source
+    )
+    source = _STREAM.sub("tvmmoe_stream", _DEVICE.sub("", source))
+    assert "cudaGetDevice(&cuda_device" not in source
+    return _ALLOW_SHARED_MEMORY + _GUARD.sub(
+        r"const int tvmmoe_device = static_cast<int>(\1);\n"
+        r"  tvm::ffi::CUDADeviceGuard cuda_device_guard(tvmmoe_device);\n"
+        r"  const cudaStream_t tvmmoe_stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tvmmoe_device));",
+        source,
+    )
 
 
 @contextlib.contextmanager
