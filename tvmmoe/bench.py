@@ -37,6 +37,7 @@ from tvmmoe.testing import Case, make_case, rel_l2
 
 NUM_ROUTINGS = 8
 ROUNDS = 7
+REST_S = 0.3  # before a cell is timed: 100 ms of load may take a card to its power limit
 CHECKED_TOKENS = 64
 MODES = {"-".join(mode): mode for mode in [("bf16", "mxfp4"), ("bf16", "nvfp4"), ("mxfp8", "mxfp4"), ("nvfp4", "nvfp4")]}
 PER_TOKEN = ("routing_logits", "hidden_states", "hidden_states_scale", "per_token_scale")
@@ -318,7 +319,10 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     kwargs["routing_logits"] = logits[0]
     extra = extra_bytes(kwargs, device)
     error = check(case, kwargs)
-    us = median_us(rotating(case, kwargs, logits), device, options.rounds) / NUM_ROUTINGS
+    round_ = rotating(case, kwargs, logits)
+    synchronize(device)
+    time.sleep(REST_S)
+    us = median_us(round_, device, options.rounds) / NUM_ROUTINGS
     expert_bytes = weight_bytes_per_expert(case)
     num_bytes = expert_bytes * statistics.mean(len(experts) for experts in active)
     flops = 2.0 * pairs * weights_per_expert(case)

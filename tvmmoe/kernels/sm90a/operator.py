@@ -64,7 +64,7 @@ class Variant:
 
 # tile_m: (mi, ks, warpgroups, k_blocks). Up to 96 decoding is the limit and more warps win; which tile serves which load
 # is measured (schedules/sm90a/crossovers.json).
-TILES = {8: (1, 4, 4, 4), 16: (1, 2, 4, 4), 32: (1, 2, 4, 2), 64: (1, 1, 4, 1), 96: (1, 1, 4, 1), 256: (1, 1, 2, 1)}
+TILES = {8: (1, 4, 4, 4), 16: (1, 2, 4, 4), 32: (1, 2, 4, 2), 64: (1, 1, 4, 2), 96: (1, 1, 4, 1), 256: (1, 1, 2, 1)}
 
 
 class Arguments:
