@@ -4,7 +4,6 @@
 import importlib.util
 import itertools
 import re
-import subprocess
 
 import pytest
 
@@ -77,6 +76,7 @@ def test_columns_are_powers_of_two(needed, columns):
 @pytest.mark.parametrize("tile_n", [8, 128])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
 def test_matmul_is_tcgen05(name, tile_n, gencode, tmp_path):
+    from tvmmoe.kernels.nvcc import sass_of
     from tvmmoe.kernels.sm100a import build
     from tvmmoe.kernels.sm100a.matmul import MatmulConfig, matmul
 
@@ -84,8 +84,7 @@ def test_matmul_is_tcgen05(name, tile_n, gencode, tmp_path):
     source = build.cuda_source(config.symbol, matmul(config))
     log = build.compile_cubin(source, tmp_path / "matmul.cubin", getattr(build, gencode))
     assert not re.search(r"[1-9]\d* bytes spill", log)
-    command = ["cuobjdump", "-sass", str(tmp_path / "matmul.cubin")]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sass = sass_of(tmp_path / "matmul.cubin")
     assert {"UTCOMMA", "UTCCP", "UTMALDG", "LDTM"} <= set(re.findall(r"\b(UTC[A-Z]+|UTMALDG|LDTM)\b", sass))
     if gencode == "DATACENTER":  # cuobjdump does not show it for sm_103a
         assert ("UTCOMMA.4X" in sass) == (name == "nvfp4")

@@ -29,6 +29,7 @@ from tvmmoe.workspace import max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
+    from tvmmoe.kernels.nvcc import sass_of
     from tvmmoe.kernels.sm120a import build, intrinsics, operator, simulate
     from tvmmoe.kernels.sm120a.tensor_intrin import matmul_source
 
@@ -258,7 +259,7 @@ def single_mma(name: str, byte_id: int, emulate: bool) -> str:
     from tvm.script import tirx as T
     from tvm.script.ir_builder import IRBuilder
 
-    from tvmmoe.kernels.sm90a.trace import I, cast, kernel, kernel_names, ptx, regs
+    from tvmmoe.kernels.sm90a.trace import I, cast, kernel, ptx, regs
 
     with IRBuilder() as builder, I.prim_func():
         I.func_name("mma")
@@ -276,12 +277,7 @@ def single_mma(name: str, byte_id: int, emulate: bool) -> str:
                            byte_id=byte_id, emulate=emulate)  # fmt: skip
             for i in range(4):
                 ptx["st.global.f32"](d.ptr_to([lane * 4 + i]), acc[i])
-    kernel_names()
-    return build.cuda_source({"mma": builder.get()})
-
-
-def sass_of(path: Path) -> str:
-    return subprocess.run(["cuobjdump", "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    return build.packed_source({"mma": builder.get})
 
 
 @needs_tvm
@@ -350,14 +346,27 @@ def simulated_case(weight_format: WeightFormat, name: str) -> Case:
 
 
 @functools.cache
+def shipped(weight_format: WeightFormat) -> dict:
+    """The variants that ship, by tile height."""
+    from tvmmoe.build import CUDA_TARGETS, shipped_variants
+
+    return {variant.tile_m: variant for variant in shipped_variants(CUDA_TARGETS["sm120a"], weight_format)}
+
+
+def gemms_source(variant) -> str:
+    """CUDA C++ of row_token, gemm1, requantize and gemm2."""
+    return build.packed_source({variant.symbol: functools.partial(operator.gemms, variant)})
+
+
+@functools.cache
 def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder: Path):
     """The packed function of row_token, gemm1, requantize and gemm2, compiled for this CPU."""
     import tvm_ffi
 
-    config = operator.config(weight_format, tile_m)
-    path = folder / f"{config.symbol}_{early}.so"
-    simulate.compile_so(simulate.host_source(operator.gemms_source(config), early), path)
-    return tvm_ffi.load_module(str(path))[config.symbol]
+    variant = shipped(weight_format)[tile_m]
+    path = folder / f"{variant.symbol}_{early}.so"
+    simulate.compile_so(simulate.host_source(gemms_source(variant), early), path)
+    return tvm_ffi.load_module(str(path))[variant.symbol]
 
 
 def call_arguments(case: Case, kwargs: dict, results: dict[str, torch.Tensor]) -> tuple:
@@ -468,21 +477,21 @@ class TestSimulatedKernels:
 @pytest.mark.parametrize("tile_m", TILES)
 @pytest.mark.parametrize("weight_format", FORMAT)
 def test_kernels_are_instructions_without_spills(weight_format, tile_m, tmp_path):
-    config = operator.config(weight_format, tile_m)
-    log = build.compile_so(operator.gemms_source(config), tmp_path / "moe.so", build.NATIVE)
+    variant = shipped(weight_format)[tile_m]
+    log = build.compile_so(gemms_source(variant), tmp_path / "moe.so", build.NATIVE)
     assert re.search(r"\b0 bytes spill stores", log) and not re.search(r"[1-9]\d* bytes spill", log)
     functions = {part.split()[0]: part for part in sass_of(tmp_path / "moe.so").split("Function : ")[1:]}
     for name in ("gemm1", "gemm1_gated", "gemm2"):
-        sass = functions[f"{config.symbol}_{name}"]
-        assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[config.form.name].opcode}
+        sass = functions[f"{variant.symbol}_{name}"]
+        assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[variant.gemm1.form.name].opcode}
         assert "LDSM.16.M88.4" in sass and "LDGSTS" in sass and not re.search(r"\b(LDL|STL)\b", sass)
 
 
 @needs_tvm
 @pytest.mark.parametrize("weight_format", FORMAT)
 def test_emulated_kernels_compile_for_sm80(weight_format, tmp_path):
-    config = operator.config(weight_format, 8, emulate=True)
-    build.compile_so(operator.gemms_source(config), tmp_path / "moe.so", build.EMULATED)
+    source = gemms_source(shipped(weight_format)[8].emulated)
+    build.compile_so(source, tmp_path / "moe.so", build.EMULATED)
     assert not re.search(r"\b[HOQ]MMA", sass_of(tmp_path / "moe.so"))
 
 
@@ -491,16 +500,22 @@ def test_emulated_kernels_compile_for_sm80(weight_format, tmp_path):
 EMULATED_MMAS = [("nvfp4", 0), ("mxfp4", 0), ("mxfp4", 2), ("mxfp8", 0), ("mxfp8", 3)]
 
 
+def emulated_source(weight_format: WeightFormat) -> str:
+    """CUDA C++ of every variant that ships, the instruction emulated."""
+    return build.cuda_source([variant.emulated for variant in shipped(weight_format).values()])
+
+
 def gpu_modules() -> dict[str, Callable[[], tuple[str, str]]]:
     """What the tests below load, by file name: CUDA C++ and the target to compile it for."""
     mmas = {
         f"mma_{name}_{byte}_emulated": lambda name=name, byte=byte: (single_mma(name, byte, True), build.EMULATED)
         for name, byte in EMULATED_MMAS
     }
-    configs = [operator.config(form, tile_m, emulate=True) for form in WeightFormat for tile_m in TILES]
-    return mmas | {
-        f"{c.symbol}_emulated": lambda c=c: (operator.operator_source(c), build.EMULATED_SM90) for c in configs
-    }
+    return mmas | {emulated_file(f): lambda f=f: (emulated_source(f), build.EMULATED_SM90) for f in WeightFormat}
+
+
+def emulated_file(weight_format: WeightFormat) -> str:
+    return f"moe_{weight_format.name}_sm120a_emulated"
 
 
 @functools.cache
@@ -546,27 +561,40 @@ EMULATED = {
 EMULATED_IDS = [(f, name) for f in FORMAT for name in (*EMULATED, *(PER_TOKEN if f is NV else ()))]
 
 
+def check_operator(file: str, weight_format: WeightFormat, name: str, tile_m: int, folder: Path) -> None:
+    """One variant of ``file`` on poisoned memory against the reference, twice."""
+    case = Case(**BASE | FORMAT[weight_format] | (EMULATED | PER_TOKEN)[name])
+    kwargs = make_case(case)
+    (expected,) = moe_ref(**kwargs)
+    kwargs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+    sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_local_experts, tile_m)
+    function, runs = gpu_function(file, f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}", folder), []
+    for _ in range(2):
+        workspace = torch.empty(layout.workspace_bytes(*sizes, weight_format), dtype=torch.uint8, device="cuda")
+        output = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device="cuda")
+        arguments = call_arguments(case, kwargs, {"output": poison(output)})
+        function(poison(workspace), *arguments)
+        runs.append(output.cpu())
+    assert torch.equal(*runs)
+    assert rel_l2(runs[0], expected) < case.tolerance
+
+
 @pytest.mark.parametrize("tile_m", TILES)
 @pytest.mark.parametrize("weight_format, name", EMULATED_IDS)
 class TestEmulatedOperator:
     pytestmark = on_hopper
 
     def test_emulated_operator_matches_reference(self, weight_format, name, tile_m, folder):
-        case = Case(**BASE | FORMAT[weight_format] | (EMULATED | PER_TOKEN)[name])
-        kwargs = make_case(case)
-        (expected,) = moe_ref(**kwargs)
-        kwargs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
-        sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_local_experts, tile_m)
-        symbol, runs = f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}", []
-        function = gpu_function(f"{symbol}_emulated", symbol, folder)
-        for _ in range(2):
-            workspace = torch.empty(layout.workspace_bytes(*sizes, weight_format), dtype=torch.uint8, device="cuda")
-            output = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device="cuda")
-            arguments = call_arguments(case, kwargs, {"output": poison(output)})
-            function(poison(workspace), *arguments)
-            runs.append(output.cpu())
-        assert torch.equal(*runs)
-        assert rel_l2(runs[0], expected) < case.tolerance
+        check_operator(emulated_file(weight_format), weight_format, name, tile_m, folder)
+
+
+@pytest.mark.parametrize("tile_m", TILES)
+@pytest.mark.parametrize("weight_format, name", EMULATED_IDS)
+class TestShippedOperator:
+    pytestmark = [pytest.mark.gpu, skip_unless_arch("sm120a")]
+
+    def test_shipped_operator_matches_reference(self, weight_format, name, tile_m, folder):
+        check_operator(f"moe_{weight_format.name}_sm120a", weight_format, name, tile_m, folder)
 
 
 if (

@@ -20,24 +20,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
+from tvmmoe.select import targets_of
 from tvmmoe.shapes import shape_case
 from tvmmoe.tuning import records
 from tvmmoe.tuning.search import Run
 from tvmmoe.tuning.tasks import STAGES, Task, key_of
 from tvmmoe.tuning.worker import Worker
 
-MODULES = {"cpu": "tvmmoe.tuning.cpu", "sm90a": "tvmmoe.tuning.sm90a"}
+MODULES = {name: f"tvmmoe.tuning.{name}" for name in ("cpu", "sm90a", "sm120a")}
 
 
 def native_target() -> str:
     """Name in MODULES of what this machine has."""
     if not torch.cuda.is_available():
         return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    name = f"sm{major}{minor}a"
-    if name not in MODULES:
+    targets = targets_of(torch.device("cuda", torch.cuda.current_device()))
+    if not (known := [name for name in targets if name in MODULES]):
+        name = targets[0] if targets else torch.cuda.get_device_name()
         raise UnsupportedError(f"--target native: got {name}, expected one of {', '.join(MODULES)}")
-    return name
+    return known[0]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
