@@ -18,6 +18,7 @@ from tvm.s_tir import Schedule  # noqa: E402
 import tvmmoe  # noqa: E402
 from tvmmoe import tune  # noqa: E402
 from tvmmoe.config import WeightFormat  # noqa: E402
+from tvmmoe.testing import skip_unless_arch  # noqa: E402
 from tvmmoe.tuning import cpu, records, sm90a  # noqa: E402
 from tvmmoe.tuning.search import Mutate, Run  # noqa: E402
 from tvmmoe.tuning.tasks import Task, decisions, key_of  # noqa: E402
@@ -291,6 +292,7 @@ def test_command_prints_what_it_found(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.gpu
+@skip_unless_arch("sm90a")
 def test_hopper_task_on_the_gpu(tmp_path, capsys):
     options = ["--target", "sm90a", "--shape", "Qwen3-30B-A3B", "--tokens", "16", "--stage", "gemm2", "--trials", "4"]
     assert tune.main([*options, "--out", str(tmp_path)]) == 0

@@ -88,8 +88,18 @@ def report(log: str) -> list[str]:
 
 
 def sass_of(path: Path) -> str:
-    """Disassembly of a library, by cuobjdump and nvdisasm on PATH or of the wheels that the extra ``test`` installs."""
+    """Disassembly of a library."""
+    return _cuobjdump("-sass", path)
+
+
+def chips_of(path: Path) -> set[str]:
+    """Chips, like sm_90a, that a library holds machine code for."""
+    return set(re.findall(r"\.(sm_\w+)\.cubin", _cuobjdump("-lelf", path)))
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    """On PATH, with nvdisasm, or of the wheels that the extra ``test`` installs."""
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
     environment = os.environ | {"PATH": f"{os.environ['PATH']}:{wheels}"}
-    command = ["cuobjdump", "-sass", str(path)]
+    command = ["cuobjdump", option, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
