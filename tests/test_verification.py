@@ -44,6 +44,12 @@ def test_emulation_on_another_gpu_proves_what_was_only_compiled():
     assert verification.changes(EMULATED, True, HOPPER, FILES) == {"sm120a/b.so": "emulated"}
 
 
+def test_portable_files_are_measured_where_better_ones_are_selected():
+    files = FILES | {"sm80/a.so": dict(target="sm80", verified="compiled")}
+    assert verification.changes(["test_sm80.py::test_one"], True, HOPPER, files) == {"sm80/a.so": "measured"}
+    assert not verification.changes(["test_sm80.py::test_one"], True, ("sm80",), files)  # selected, so in every suite
+
+
 def test_target_without_files_is_passed_over():
     files = {"sm80/a.so": dict(target="sm80", verified="compiled")}
     suite = [*SUITE[:2], "test_sm80.py::test_one"]
