@@ -152,11 +152,12 @@ def test_selection_is_made_once_a_problem(monkeypatch):
     """The state is looked at there, so a call that has been made before does not pay for it."""
     seen = []
     monkeypatch.setattr(torch_op, "select", lambda *args: seen.append(args[2]) or select.select(*args))
-    kwargs = make_case(num_tokens=3)
+    sizes = dict(hidden_size=224, intermediate_size=160)  # that no other test calls with
+    kwargs = make_case(num_tokens=3, **sizes)
     for _ in range(3):
         tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
     assert len(seen) == 1
-    tvmmoe.trtllm_fp4_block_scale_moe(**make_case(num_tokens=4))
+    tvmmoe.trtllm_fp4_block_scale_moe(**make_case(num_tokens=4, **sizes))
     assert len(seen) == 2
 
 
