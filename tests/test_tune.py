@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning: spaces, the search with real measurements on the CPU, the worker that survives its candidates, records."""
 
+import ctypes
 import itertools
 import math
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +21,14 @@ pytest.importorskip("xgboost")
 from tvm.s_tir import Schedule  # noqa: E402
 
 import tvmmoe  # noqa: E402
-from tvmmoe import tune  # noqa: E402
+from tvmmoe import abi, torch_op, tune  # noqa: E402
 from tvmmoe.config import WeightFormat  # noqa: E402
-from tvmmoe.tuning import cpu, records, sm90a  # noqa: E402
+from tvmmoe.kernels.sm90a.layout import slices  # noqa: E402
+from tvmmoe.tuning import compiled, cpu, records, sm90a  # noqa: E402
 from tvmmoe.tuning.search import Mutate, Run  # noqa: E402
-from tvmmoe.tuning.tasks import Task, decisions, key_of  # noqa: E402
+from tvmmoe.tuning.tasks import Task, decisions, key_of, traced_decisions  # noqa: E402
 from tvmmoe.tuning.worker import Worker  # noqa: E402
+from tvmmoe.workspace import max_num_tiles  # noqa: E402
 
 CPU_TASK = Task(cpu.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 1, 4)
 HOPPER_TASK = Task(sm90a.TARGET, "gemm1", "nvfp4", "gpt-oss-120b", 64)
@@ -43,10 +50,11 @@ class Clock:
         pass
 
 
-def run_of(tmp_path, worker, task=CPU_TASK, **options):
+def run_of(tmp_path, worker, task=CPU_TASK, target=cpu, **options):
     folder = tmp_path / "compiled"
     folder.mkdir(exist_ok=True)
-    return Run(task, cpu, records.folder_of(cpu.TARGET, task.stage, tmp_path), folder, worker, **options)
+    database = records.Database(records.folder_of(target.TARGET, task.stage, tmp_path))
+    return Run(task, target, database, folder, worker, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ spaces
@@ -62,17 +70,13 @@ def test_workload_has_the_sizes_of_the_task(stage):
     assert Task.of_label(task.target, stage, task.label) == task
 
 
-def hopper_configs(task):
-    every = (dict(zip(sm90a.KNOBS, v, strict=True)) for v in itertools.product(*sm90a.KNOBS.values()))
-    return [config for config in every if sm90a.is_legal(task, config)]
-
-
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024, 8192])
 @pytest.mark.parametrize("stage", ["gemm1", "gemm2"])
 def test_hopper_space_holds_the_default_and_has_finite_features(stage, num_tokens):
     task = Task(sm90a.TARGET, stage, "mxfp4", "Qwen3-235B-A22B", num_tokens)
-    configs = hopper_configs(task)
-    assert sm90a.default(task) in configs and len(configs) >= 8
+    configs = sm90a.configs(task)
+    assert sm90a.default(task) in sm90a.seeds(task) and len(configs) >= 8
+    assert all(config in configs for config in sm90a.seeds(task))
     features = [sm90a.features(task, config) for config in configs]
     assert len({len(row) for row in features}) == 1 and all(math.isfinite(x) for row in features for x in row)
     assert len(set(map(tuple, features))) == len(configs), "candidates that the cost model cannot tell apart"
@@ -92,12 +96,12 @@ def test_illegal_hopper_configs_are_refused():
 
 @pytest.mark.parametrize("target, task", [(cpu, CPU_TASK), (sm90a, HOPPER_TASK)], ids=["cpu", "sm90a"])
 def test_traces_survive_the_database_and_mutation(target, task, tmp_path):
-    run = Run(task, target, tmp_path / "records", tmp_path, Clock())
+    run = run_of(tmp_path, Clock(), task, target)
     sch = Schedule(run.mod)
     target.space(task, sch)
-    run.record(sch.trace, [1e-3])
-    loaded = Run(task, target, tmp_path / "records", tmp_path, Clock())
-    assert loaded.us == {key_of(decisions(sch)): pytest.approx(1e3)}
+    assert traced_decisions(sch.trace) == decisions(sch)
+    run.record(decisions(sch), 1e3)
+    assert run_of(tmp_path, Clock(), task, target).us == {key_of(decisions(sch)): pytest.approx(1e3)}
     mutate, seen = Mutate(0), {key_of(decisions(sch))}
     trace = sch.trace
     for _ in range(30):
@@ -209,6 +213,139 @@ def test_worker_survives_its_candidates(tmp_path, monkeypatch):
         worker.stop()
 
 
+
+# ------------------------------------------------------------------------------------------- measuring on CUDA, faked
+
+
+def stand_in(stage, offset=0.0, extra=False):
+    """A kernel in Python: writes bf16 numbers to z and gemm2_output through their addresses, as the operator would."""
+
+    def function(workspace, *arguments):
+        task, tile_m = HOPPER_SMALL, 8
+        case = task.case
+        pairs = case.num_tokens * case.top_k
+        sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_experts, tile_m)
+        piece = slices(*sizes)[0]["z"]
+        z = workspace[piece.offset : piece.offset + piece.num_bytes].view(torch.bfloat16)
+        address = arguments[abi.POINTERS.index("gemm2_output")]
+        count = tile_m * max_num_tiles(pairs, case.num_experts, tile_m) * case.hidden_size
+        y = torch.frombuffer((ctypes.c_uint16 * count).from_address(address), dtype=torch.bfloat16)
+        for name, tensor in (("gemm1", z), ("gemm2", y)):
+            if stage in (name, "both"):
+                live = len(tensor) // 2 + extra
+                tensor[:live] = torch.arange(live) % 7 + 1 + offset
+
+    return function
+
+
+HOPPER_SMALL = Task(sm90a.TARGET, "gemm1", "mxfp4", "small", 4)
+
+
+@pytest.fixture
+def hopper_bench(monkeypatch):
+    """A Bench of each stage without a GPU: the shipped operator and the candidates are stand-ins."""
+    small = {"small": {"hidden_size": 64, "intermediate_size": 64, "num_experts": 8, "top_k": 2}}
+    small["small"]["routing_method"] = "Renormalize"
+    plan = SimpleNamespace(workspace_bytes=1 << 16, ints=(0,) * len(abi.INTS), function=stand_in("both"))
+    monkeypatch.setattr("tvmmoe.shapes.shapes", lambda: small)
+    monkeypatch.setattr(torch_op, "plan", lambda problem, entry: plan)
+    monkeypatch.setattr(sm90a, "DEVICE", "cpu")
+    monkeypatch.setattr(sm90a, "LAYER_TOKENS", 16)
+    monkeypatch.setattr(sm90a, "_l2_bytes", lambda: 10_000)
+    monkeypatch.setattr(sm90a, "_is_memory_short", lambda: False)
+    monkeypatch.setattr(sm90a, "_graph_us", lambda launch: (launch(), 60.0)[1])
+    functions = {}
+    monkeypatch.setattr(sm90a, "_function", lambda artifact, name: functions[name.split("_")[0]])
+    sm90a.State.clear()
+    yield functions
+    sm90a.State.clear()
+
+
+def test_hopper_bench_times_right_candidates_and_keeps_its_inputs(hopper_bench):
+    config = sm90a.default_of_tile(8)
+    layers = []
+    for stage in ("gemm1", "gemm2", "gemm1"):
+        measured = sm90a.Bench(replace(HOPPER_SMALL, stage=stage))
+        hopper_bench[stage] = stand_in(stage)
+        calls = measured.inputs.of_tile(8).calls
+        assert 2 <= len(calls) <= 16 and measured.measure("", config) == 60.0 / len(calls)
+        layers.append(measured.inputs)
+    assert layers[0] is layers[1] is layers[2]
+    assert sm90a.Bench(replace(HOPPER_SMALL, num_tokens=2)).inputs.calls[0]["gemm1_weights"] is (
+        layers[0].calls[0]["gemm1_weights"]
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (stand_in("gemm1", offset=0.1), "relative L2 error"),
+        (stand_in("gemm1", extra=True), "other rows"),
+        (stand_in("neither"), "other rows"),
+    ],
+)
+def test_hopper_bench_refuses_wrong_candidates(kernel, message, hopper_bench):
+    measured = sm90a.Bench(HOPPER_SMALL)
+    hopper_bench["gemm1"] = kernel
+    with pytest.raises(AssertionError, match=message):
+        measured.measure("", sm90a.default_of_tile(8))
+    hopper_bench["gemm1"] = stand_in("gemm1")
+    assert measured.measure("", sm90a.default_of_tile(8)) > 0  # on fresh inputs
+
+
+def test_hopper_bench_refuses_a_candidate_whose_runs_differ(hopper_bench):
+    runs = itertools.count()
+
+    def racy(*arguments):
+        stand_in("gemm1", offset=0.0625 if next(runs) else 0.0)(*arguments)
+
+    hopper_bench["gemm1"] = racy
+    with pytest.raises(AssertionError, match="two runs differ"):
+        sm90a.Bench(HOPPER_SMALL).measure("", sm90a.default_of_tile(8))
+
+
+# ---------------------------------------------------------------------------------------------------- compile cache
+
+
+def compile_text(candidates, library):
+    """Stands in for nvcc: 3 does not compile."""
+    if 3 in candidates:
+        raise RuntimeError("nvcc failed: 3")
+    Path(library).write_text(" ".join(map(str, candidates)))
+
+
+def test_compiled_candidates_are_found_again_and_stale_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    candidates = {f"kernel_{i}": i for i in range(6)}
+    counts = []
+    first = compiled.Folder(tmp_path, "a").compile(candidates, compile_text, 1, counts.append)
+    assert sum(counts) == 6 and [symbol for symbol, (_, error) in first.items() if error] == ["kernel_3"]
+    assert "nvcc failed: 3" in first["kernel_3"][1] and "0 1 2" not in Path(first["kernel_0"][0]).read_text()
+
+    def must_not(*_):
+        raise AssertionError("compiled again")
+
+    assert compiled.Folder(tmp_path, "a").compile(candidates, must_not, 1) == first
+    other = compiled.Folder(tmp_path, "b")
+    assert not other.known and other.remove_stale() > 0 and not list(tmp_path.glob("*.so"))
+
+
+def test_command_compiles_ahead(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiled, "_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sm90a, "_compile", lambda key, path: (seen.extend(key), Path(path).write_text("so")))
+    options = ["--target", "sm90a", "--tokens", "1,16", "--weights", "mxfp4,nvfp4", "--compile-only", "--jobs", "2"]
+    assert tune.main([*options, "--cache", str(tmp_path / "c")]) == 0
+    tasks = [Task(sm90a.TARGET, "gemm1", w, "Qwen3-30B-A3B", t) for w in ("mxfp4", "nvfp4") for t in (1, 16)]
+    expected = {sm90a.symbol("gemm1", sm90a.gemm_config(t, c)) for t in tasks for c in sm90a.configs(t)}
+    assert {sm90a.symbol(*key) for key in seen if key[0] == "gemm1"} == expected
+    assert "0 failed" in capsys.readouterr().out
+    again = len(seen)
+    assert tune.main([*options, "--cache", str(tmp_path / "c")]) == 0 and len(seen) == again
+    assert tune.main(["--target", "cpu", "--compile-only", "--cache", str(tmp_path)]) == 1
+    assert "expected a CUDA target" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------- records
 
 
@@ -237,9 +374,9 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
     better = sm90a.default_of_tile(64) | dict(k_blocks=2)
     for num_tokens in (512, 1024):
         task = Task(sm90a.TARGET, "gemm2", "mxfp4", "gpt-oss-120b", num_tokens)
-        run = Run(task, sm90a, records.folder_of(sm90a.TARGET, "gemm2", tmp_path), tmp_path, Clock())
+        run = run_of(tmp_path, Clock(), task, sm90a)
         for config, us in ((sm90a.default_of_tile(64), 100.0), (better, 90.0)):
-            run.record(run.trace_of(config), [us * 1e-6])
+            run.record(config, us)
     chosen = sm90a.chosen("mxfp4", tmp_path)
     assert chosen[64]["gemm2"].k_blocks == 2 and chosen[64]["gemm1"].k_blocks == sm90a.TILES[64][3]
     assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]

@@ -9,22 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import tvm
 import tvm_ffi
-from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tvmmoe.errors import ArgumentError
 from tvmmoe.loader import data_dir
-from tvmmoe.tuning.tasks import LABEL, STAGES, Task, decisions, key_of
+from tvmmoe.tuning.tasks import LABEL, STAGES, Task, key_of, traced_decisions
 
+FILES = ("workload", "tuning_record")
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
-
-
-def database_of(folder: Path) -> ms.database.JSONDatabase:
-    """The database of a folder, made if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(folder / f"database_{name}.json") for name in ("workload", "tuning_record")]
-    return ms.database.JSONDatabase(*paths, allow_missing=True)
 
 
 def folder_of(target: str, stage: str, root: Path | None = None) -> Path:
@@ -48,6 +42,26 @@ def claim_device(target: str, name: str, root: Path | None = None) -> None:
     path.write_text(json.dumps({"name": name}) + "\n")
 
 
+class Database:
+    """MetaSchedule's database of a folder, opened once, with its records by the label of their task."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [str(folder / f"database_{name}.json") for name in FILES]
+        self.database = ms.database.JSONDatabase(*paths, allow_missing=True)
+        self.by_label: dict[str, list[ms.database.TuningRecord]] = {}
+        for record in self.database.get_all_tuning_records():
+            self.by_label.setdefault(str(record.workload.mod["main"].attrs[LABEL]), []).append(record)
+
+    def of(self, task: Task, mod: tvm.IRModule) -> list[ms.database.TuningRecord]:
+        """Records of a task whose definition is still ``mod``."""
+        same: dict[ms.database.Workload, bool] = {}
+        for record in self.by_label.get(task.label, ()):
+            if record.workload not in same:
+                same[record.workload] = tvm_ffi.structural_equal(record.workload.mod, mod)
+        return [record for record in self.by_label.get(task.label, ()) if same[record.workload]]
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A record that holds for today's definition."""
@@ -60,27 +74,23 @@ class Measurement:
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
     folder = folder_of(target, stage, root)
-    if not (folder / "database_tuning_record.json").is_file():
+    if not (folder / f"database_{FILES[-1]}.json").is_file():
         return [], []
-    database = database_of(folder)
-    measurements, stale, modules = [], {}, {}
-    for record in database.get_all_tuning_records():
-        task = Task.of_label(target, stage, str(record.workload.mod["main"].attrs[LABEL]))
-        if task not in modules:
-            modules[task] = task.workload()
-        if not tvm_ffi.structural_equal(record.workload.mod, modules[task]):
-            stale[task.label] = f"{target}/{stage}/{task.label}"
-            continue
-        sch = Schedule(modules[task])
-        record.trace.apply_to_schedule(sch, remove_postproc=True)
-        us = 1e6 * statistics.mean(float(s) for s in record.run_secs)
-        measurements.append(Measurement(task, decisions(sch), us))
-    return measurements, sorted(stale.values())
+    database, measurements, stale = Database(folder), [], []
+    for label, records in database.by_label.items():
+        task = Task.of_label(target, stage, label)
+        current = database.of(task, task.workload())
+        if len(current) < len(records):
+            stale.append(f"{target}/{stage}/{label}")
+        for record in current:
+            us = 1e6 * statistics.mean(float(s) for s in record.run_secs)
+            measurements.append(Measurement(task, traced_decisions(record.trace), us))
+    return measurements, sorted(stale)
 
 
 def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
     """Stages that have records."""
-    return (s for s in STAGES if (folder_of(target, s, root) / "database_tuning_record.json").is_file())
+    return (s for s in STAGES if (folder_of(target, s, root) / f"database_{FILES[-1]}.json").is_file())
 
 
 def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
