@@ -30,7 +30,7 @@ TARGET = "x86-64-v3"
 MAX_ERROR = 4e-3  # bfloat16 results against float32
 CHECKED_TILES = 4
 TIMED_S = 0.5  # a candidate and the one that it is compared with
-ROUNDS = (5, 31)
+ROUNDS = (7, 41)
 
 
 def device_name() -> str:
