@@ -3,8 +3,13 @@
 
 import ctypes
 import itertools
+import json
 import math
+import os
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +350,52 @@ def test_command_compiles_ahead(tmp_path, capsys, monkeypatch):
     assert tune.main(["--target", "cpu", "--compile-only", "--cache", str(tmp_path)]) == 1
     assert "expected a CUDA target" in capsys.readouterr().err
 
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_tuning_farm_on_localhost(tmp_path, capsys):
+    port, processes = free_port(), []
+
+    def start(*command):
+        processes.append(subprocess.Popen([sys.executable, "-m", *command], start_new_session=True))
+
+    try:
+        start("tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1))
+        server = ("--host", "127.0.0.1", "--port", str(free_port()))
+        start("tvmmoe.tuning.rpc", "--tracker", f"127.0.0.1:{port}", "--key", "here", *server)
+        wait_until(lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None)
+        options = ["--target", "cpu", "--rpc", f"127.0.0.1:{port}:here", "--tokens", "1", "--stage", "gemm2"]
+        assert tune.main([*options, "--trials", "2", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1: 2 measured, 0 known, 0 failed" in capsys.readouterr().out
+    assert len(records.load(cpu.TARGET, "gemm2", tmp_path)[0]) == 6  # of three tile heights
+    assert json.loads((tmp_path / cpu.TARGET / "device.json").read_text())["name"] == cpu.device_name()
+
+
+def wait_until(is_ready, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if is_ready():
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("address, message", [("host:key", "expected host:port:key"), ("127.0.0.1:1:k", "no tracker")])
+def test_wrong_rpc_address_is_one_line(address, message, tmp_path, capsys):
+    assert tune.main(["--target", "cpu", "--rpc", address, "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1
 
 # ----------------------------------------------------------------------------------------------------------- records
 

@@ -24,6 +24,7 @@ from tvmmoe.config import WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
 from tvmmoe.shapes import shape_case, shapes
 from tvmmoe.tuning import records
+from tvmmoe.tuning.rpc import RemoteWorker
 from tvmmoe.tuning.search import Run
 from tvmmoe.tuning.tasks import STAGES, Task, key_of
 from tvmmoe.tuning.worker import Worker
@@ -57,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for one candidate")
     parser.add_argument("--out", type=Path, help="instead of schedules/")
     parser.add_argument("--cache", type=Path, help="folder of compiled candidates; default: a temporary one")
+    parser.add_argument("--rpc", metavar="HOST:PORT:KEY", help="measure there, see tvmmoe.tuning.rpc")
     parser.add_argument("--compile-only", action="store_true", help="fill --cache and stop (CUDA)")
     parser.add_argument("--jobs", type=int, help="compiling processes; default: one a core")
     parser.add_argument("--report", action="store_true", help="print what the records hold and stop")
@@ -70,6 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for value in getattr(options, name):
             if value not in known:
                 parser.error(f"--{name}: got {value!r}, expected some of {', '.join(known)}")
+    if options.rpc and options.target == "native":
+        parser.error("--rpc: got --target native, expected the target's name")
     if options.compile_only and options.cache is None:
         parser.error("--compile-only: got no --cache, expected the folder to fill")
     if options.trials < 1:
@@ -110,12 +114,13 @@ def compile_ahead(target: ModuleType, tasks: list[Task], options: argparse.Names
     console.print(f"{options.cache}: {len(files)} libraries, {size:.1f} MiB, {seconds:.0f} s, {len(failed)} failed")
 
 
-def tune(target: ModuleType, tasks: list[Task], options: argparse.Namespace, console: Console) -> None:
+def tune(
+    target: ModuleType, tasks: list[Task], worker: Worker | RemoteWorker, options: argparse.Namespace, console: Console
+) -> None:
     """Search every task, with a progress bar over all trials."""
     deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
     trials = [len(target.configs(task)) if options.exhaustive else options.trials for task in tasks]
     databases = {s: records.Database(records.folder_of(target.TARGET, s, options.out)) for s in options.stage}
-    worker = Worker(target.__name__, options.timeout)
     with tempfile.TemporaryDirectory() as temporary, Progress(*COLUMNS, console=console) as progress:
         folder = options.cache or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,10 +191,15 @@ def main(argv: list[str] | None = None) -> int:
         if options.compile_only:
             compile_ahead(target, tasks, options, console)
             return 0
-        if target.TARGET.startswith("sm") and not torch.cuda.is_available():
+        if options.rpc:
+            worker = RemoteWorker(target.__name__, options.rpc, options.timeout)
+            name = worker.device_name()
+        elif target.TARGET.startswith("sm") and not torch.cuda.is_available():
             raise UnsupportedError(f"--target: got {options.target}, expected cpu: torch sees no CUDA device")
-        records.claim_device(target.TARGET, target.device_name(), options.out)
-        tune(target, tasks, options, console)
+        else:
+            worker, name = Worker(target.__name__, options.timeout), target.device_name()
+        records.claim_device(target.TARGET, name, options.out)
+        tune(target, tasks, worker, options, console)
     except TvmMoeError as error:
         print(error, file=sys.stderr)
         return 1

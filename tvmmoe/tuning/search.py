@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 import tvm
 import xgboost
 from tvm.ir.utils import derived_object
@@ -276,7 +277,7 @@ class Run:
         strategy = ms.search_strategy.EvolutionarySearch(
             population_size=POPULATION, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=20
         )
-        with _without_stock_intrinsics(), xgboost.config_context(nthread=1):
+        with _without_stock_intrinsics(), _one_thread():
             context = ms.TuneContext(
                 mod=self.mod, target=self.target.tvm_target(), task_name=self.task.label, rand_state=seed, num_threads=1,
                 space_generator=space, search_strategy=strategy,
@@ -295,6 +296,15 @@ class Run:
             return None
         key = min(self.us, key=self.us.__getitem__)
         return dict(key), self.us[key]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """XGBoost on one thread: waking up more takes longer than its work, and beside a measurement they would disturb it."""
+    count = torch.get_num_threads()
+    with xgboost.config_context(nthread=1):
+        yield
+    torch.set_num_threads(count)  # OpenMP's setting is one for all
 
 
 @contextlib.contextmanager
