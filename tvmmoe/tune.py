@@ -8,11 +8,14 @@ On CUDA one compiled candidate serves every task. ``--compile-only --cache DIR``
 """
 
 import argparse
+import contextlib
 import importlib
 import logging
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -176,12 +179,28 @@ def report(target: ModuleType, root: Path | None, console: Console) -> None:
             console.print(f"stale, the definition has changed: {label}", highlight=False)
 
 
+@contextlib.contextmanager
+def interruptible(stopped: list[int]) -> Iterator[None]:
+    """Note Ctrl-C in ``stopped``: passing through TVM's C++ it arrives as another exception."""
+
+    def note(number: int, _frame: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; exit status 1 if nothing could be tuned, 130 after Ctrl-C (records are kept)."""
     options = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for name in ("tvm", "tvm.s_tir.meta_schedule"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    stopped: list[int] = []
     try:
         target = importlib.import_module(MODULES[native_target() if options.target == "native" else options.target])
         if options.report:
@@ -199,11 +218,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             worker, name = Worker(target.__name__, options.timeout), target.device_name()
         records.claim_device(target.TARGET, name, options.out)
-        tune(target, tasks, worker, options, console)
+        with interruptible(stopped):
+            tune(target, tasks, worker, options, console)
     except TvmMoeError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except BaseException:
+        if not stopped:
+            raise
         print("stopped; what was measured is recorded", file=sys.stderr)
         return 130
     return 0

@@ -44,9 +44,9 @@ def tvm_target() -> tvm.target.Target:
 
 
 def tasks(stage: str, weight_format: str, shape: str, num_tokens: int) -> list[Task]:
-    """One task a tile height that such a call may take: not more than eight times its rows."""
+    """One task a tile height that such a call may take: not more than twice its rows, nor less than a quarter."""
     rows = Task(TARGET, stage, weight_format, shape, num_tokens, 1).rows_per_expert
-    return [Task(TARGET, stage, weight_format, shape, num_tokens, m) for m in TILE_M if m <= 8 * rows and rows <= 4 * m]
+    return [Task(TARGET, stage, weight_format, shape, num_tokens, m) for m in TILE_M if m <= 2 * rows and rows <= 4 * m]
 
 
 def knobs(task: Task) -> dict[str, tuple[int, ...]]:
