@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import statistics
@@ -29,7 +30,7 @@ import tvmmoe  # noqa: E402
 from tvmmoe import abi, torch_op, tune  # noqa: E402
 from tvmmoe.config import WeightFormat  # noqa: E402
 from tvmmoe.kernels.sm90a.layout import slices  # noqa: E402
-from tvmmoe.tuning import compiled, cpu, records, sm90a  # noqa: E402
+from tvmmoe.tuning import compiled, cpu, records, report, sm90a  # noqa: E402
 from tvmmoe.tuning.search import Mutate, Run  # noqa: E402
 from tvmmoe.tuning.tasks import Task, decisions, key_of, traced_decisions  # noqa: E402
 from tvmmoe.tuning.worker import Worker  # noqa: E402
@@ -417,8 +418,22 @@ def test_choice_needs_a_gain_over_many_tasks():
     assert records.choose([*times, records.Measurement(tasks[0], lucky, 10.0)], default) == default  # one task of four
     slightly = [records.Measurement(task, other, 99.5) for task in tasks]
     assert records.choose(times + slightly, default) == default
-    clearly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 110, 80), strict=True)]
+    mostly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 110, 80), strict=True)]
+    assert records.choose(times + mostly, default) == default  # slower than by hand in one task
+    clearly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 100.5, 80), strict=True)]
     assert records.choose(times + clearly, default) == other
+
+
+def test_tile_heights_that_are_not_selected_have_no_say():
+    tasks = [Task(sm90a.TARGET, "gemm1", "mxfp4", "Qwen3-235B-A22B", n) for n in (256, 1024)]
+    default, taller = sm90a.default_of_tile(32), sm90a.default_of_tile(64)
+    other = default | dict(k_blocks=4)
+    times = [records.Measurement(tasks[0], default, 100.0), records.Measurement(tasks[0], other, 105.0)]
+    times += [records.Measurement(tasks[1], default, 200.0), records.Measurement(tasks[1], other, 150.0)]
+    assert set(records.relevant(times, default)) == set(tasks)
+    times += [records.Measurement(tasks[1], taller, 130.0)]
+    assert set(records.relevant(times, default)) == {tasks[0]}
+    assert records.choose(times, default) == default
 
 
 def test_recorded_choice_becomes_the_configuration(tmp_path):
@@ -476,6 +491,22 @@ def test_command_prints_what_it_found(tmp_path, capsys, monkeypatch):
     assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1: 2 measured, 0 known, 0 failed" in out and "hand-chosen" in out
     assert tune.main([*options, "--report"]) == 0
     assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1" in capsys.readouterr().out
+
+
+def test_report_of_an_exhaustive_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "Worker", lambda *_: Clock())
+    monkeypatch.setattr(cpu, "build", lambda task, candidates, folder: [("library", "")] * len(candidates))
+    options = ["--target", "cpu", "--tokens", "32", "--stage", "gemm2", "--out", str(tmp_path)]
+    assert tune.main([*options, "--exhaustive"]) == 0
+    tasks = cpu.tasks("gemm2", "mxfp4", "Qwen3-30B-A3B", 32)
+    assert len(records.load(cpu.TARGET, "gemm2", tmp_path)[0]) == sum(len(cpu.configs(task)) for task in tasks)
+    capsys.readouterr()
+    assert tune.main([*options, "--report", "--plot", str(tmp_path / "curves.png")]) == 0
+    out = capsys.readouterr().out
+    distance = re.search(r"search over the best known, 106\.0 us: [\d.]+ % after 16", out)
+    assert distance and (tmp_path / "curves.png").stat().st_size > 5000
+    assert "gemm2 mxfp4 m1: panel_n=16 micro_m=1 micro_n=1; 1 tasks, times over the hand-chosen: mean 0.9" in out
+    assert report.in_order(tmp_path / cpu.TARGET / "gemm2")[tasks[0].label][0] == pytest.approx(116.0)  # hand-chosen
 
 
 @pytest.mark.parametrize("calls", [1, 3])

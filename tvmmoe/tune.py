@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tvmmoe.config import WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
 from tvmmoe.shapes import shape_case, shapes
-from tvmmoe.tuning import records
+from tvmmoe.tuning import records, report
 from tvmmoe.tuning.rpc import RemoteWorker
 from tvmmoe.tuning.search import Run
 from tvmmoe.tuning.tasks import STAGES, Task, key_of
@@ -65,6 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-only", action="store_true", help="fill --cache and stop (CUDA)")
     parser.add_argument("--jobs", type=int, help="compiling processes; default: one a core")
     parser.add_argument("--report", action="store_true", help="print what the records hold and stop")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="best over trials, with --report")
     options = parser.parse_args(argv)
     try:
         options.tokens = [int(n) for n in options.tokens.split(",")]
@@ -160,23 +161,7 @@ def summary(run: Run, target: ModuleType, seconds: float) -> str:
     config, us = run.best
     hand = run.us.get(key_of(target.default(run.task)))
     against = f", hand-chosen {hand:.1f} us" if hand else ""
-    choices = " ".join(f"{name}={value}" for name, value in config.items())
-    return f"{head}{seconds:.1f} s; best {us:.1f} us ({choices}){against}"
-
-
-def report(target: ModuleType, root: Path | None, console: Console) -> None:
-    """Best and hand-chosen times of every recorded task; stale records by name."""
-    for stage in records.stages_of(target.TARGET, root):
-        measurements, stale = records.load(target.TARGET, stage, root)
-        hand = records.defaults_of(target, measurements)
-        for task, best in records.best_of(measurements).items():
-            count = sum(m.task == task for m in measurements)
-            against = f"{hand[task]:9.1f} us by hand ({hand[task] / best.us:.2f}x)" if task in hand else ""
-            choices = " ".join(f"{name}={value}" for name, value in best.config.items())
-            line = f"{stage} {task.label:36s} {count:4d} records {best.us:9.1f} us {against}  {choices}"
-            console.print(line, highlight=False, soft_wrap=True)
-        for label in stale:
-            console.print(f"stale, the definition has changed: {label}", highlight=False)
+    return f"{head}{seconds:.1f} s; best {us:.1f} us ({report.text_of(config)}){against}"
 
 
 @contextlib.contextmanager
@@ -204,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         target = importlib.import_module(MODULES[native_target() if options.target == "native" else options.target])
         if options.report:
-            report(target, options.out, console)
+            for line in report.lines(target, options.out, options.shape, options.plot):
+                console.print(line, highlight=False, soft_wrap=True)
             return 0
         tasks = tasks_of(target, options)
         if options.compile_only:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: schedules/<target>/<stage>/database_*.json, as MetaSchedule writes them, and what follows from them."""
 
+import functools
 import json
 import math
 import statistics
@@ -19,6 +20,8 @@ from tvmmoe.tuning.tasks import LABEL, STAGES, Task, key_of, traced_decisions
 
 FILES = ("workload", "tuning_record")
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
+MAX_LOSS = 0.01  # and nowhere slower by more than noise
+MAX_GAP = 0.1  # a tile height further behind the best one is not selected
 
 
 def folder_of(target: str, stage: str, root: Path | None = None) -> Path:
@@ -74,8 +77,15 @@ class Measurement:
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
     folder = folder_of(target, stage, root)
-    if not (folder / f"database_{FILES[-1]}.json").is_file():
+    path = folder / f"database_{FILES[-1]}.json"
+    if not path.is_file():
         return [], []
+    return _load(target, stage, folder, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(target: str, stage: str, folder: Path, _mtime_ns: int) -> tuple[list[Measurement], list[str]]:
+    """Reading thousands of records takes seconds."""
     database, measurements, stale = Database(folder), [], []
     for label, records in database.by_label.items():
         task = Task.of_label(target, stage, label)
@@ -93,28 +103,53 @@ def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
     return (s for s in STAGES if (folder_of(target, s, root) / f"database_{FILES[-1]}.json").is_file())
 
 
-def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
-    """The configuration for one tile height: the least mean time relative to ``default`` over tasks that measured both.
+Times = dict[tuple, float]  # us by decisions (tasks.key_of)
 
-    ``default`` stays unless another is at least MIN_GAIN faster over at least half of the tasks that ``default`` has.
-    """
-    by_task: dict[Task, dict[tuple, float]] = {}
-    key = key_of(default)
+
+def by_task(measurements: list[Measurement]) -> dict[Task, list[Measurement]]:
+    """Measurements of every task."""
+    result: dict[Task, list[Measurement]] = {}
     for m in measurements:
-        if fixed not in m.config or m.config[fixed] == default[fixed]:
-            times = by_task.setdefault(m.task, {})
-            config = key_of(m.config)
-            times[config] = min(m.us, times.get(config, math.inf))
+        result.setdefault(m.task, []).append(m)
+    return result
+
+
+def relevant(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[Task, Times]:
+    """Times with the tile height of ``default`` in the tasks where that height may be selected and ``default`` is measured.
+
+    Where another height is faster by more than MAX_GAP, it serves.
+    """
+    result = {}
+    for task, part in by_task(measurements).items():
+        times: Times = {}
+        for m in part:
+            if m.config.get(fixed) == default.get(fixed):
+                times[key_of(m.config)] = min(m.us, times.get(key_of(m.config), math.inf))
+        if key_of(default) in times and min(times.values()) <= (1 + MAX_GAP) * min(m.us for m in part):
+            result[task] = times
+    return result
+
+
+def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
+    """The configuration for the tile height of ``default``: the least mean time relative to it over the relevant tasks.
+
+    ``default`` stays unless another is at least MIN_GAIN faster over at least half of these tasks, and in none of those that
+    measured it slower by more than MAX_LOSS.
+    """
     ratios: dict[tuple, list[float]] = {}
-    for times in by_task.values():
-        for config, us in times.items() if key in times else ():
-            ratios.setdefault(config, []).append(us / times[key])
-    num_tasks = len(ratios.get(key, ()))
-    enough = {c: statistics.geometric_mean(r) for c, r in ratios.items() if 2 * len(r) >= num_tasks}
-    if not enough:
+    tasks = relevant(measurements, default, fixed)
+    for times in tasks.values():
+        for config, us in times.items():
+            ratios.setdefault(config, []).append(us / times[key_of(default)])
+    means = {
+        config: statistics.geometric_mean(r)
+        for config, r in ratios.items()
+        if 2 * len(r) >= len(tasks) and max(r) <= 1 + MAX_LOSS
+    }
+    if not means:
         return default
-    best = min(enough, key=enough.__getitem__)
-    return dict(best) if enough[best] < 1 - MIN_GAIN else default
+    best = min(means, key=means.__getitem__)
+    return dict(best) if means[best] < 1 - MIN_GAIN else default
 
 
 def best_of(measurements: list[Measurement]) -> dict[Task, Measurement]:

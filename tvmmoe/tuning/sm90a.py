@@ -100,14 +100,20 @@ def default_of_tile(tile_m: int) -> dict[str, int]:
     return dict(tile_m=tile_m, mi=mi, ks=ks, warpgroups=warpgroups, k_blocks=k_blocks, max_stages=kernel.MAX_STAGES)
 
 
+def by_tile_height(
+    stage: str, weight_format: str, measurements: list[records.Measurement]
+) -> dict[int, tuple[dict[str, int], list[records.Measurement]]]:
+    """Hand-chosen decisions of every tile height and the measurements that may replace them."""
+    return {tile_m: (default_of_tile(tile_m), measurements) for tile_m in TILES}
+
+
 def chosen(weight_format: str, root: Path | None = None) -> dict[int, dict[str, kernel.GemmConfig]]:
     """Configuration of both stages by tile height: the recorded choice, or the hand-chosen one."""
     choices: dict[int, dict[str, kernel.GemmConfig]] = {tile_m: {} for tile_m in TILES}
     for stage in STAGES:
-        measurements = [m for m in records.load(TARGET, stage, root)[0] if m.task.weight_format == weight_format]
-        for tile_m, configs in choices.items():
-            config = records.choose(measurements, default_of_tile(tile_m))
-            configs[stage] = kernel.GemmConfig(WeightFormat[weight_format], **config)
+        mine = [m for m in records.load(TARGET, stage, root)[0] if m.task.weight_format == weight_format]
+        for tile_m, (default, part) in by_tile_height(stage, weight_format, mine).items():
+            choices[tile_m][stage] = kernel.GemmConfig(WeightFormat[weight_format], **records.choose(part, default))
     return choices
 
 
@@ -317,18 +323,17 @@ class Prepared:
 class State:
     """What the worker process keeps from one task to the next."""
 
-    layer_key: tuple[str, str] | None = None
+    layer_key: tuple[str, str, int] | None = None
     layer: dict[str, Any] | None = None
     inputs: Inputs | None = None
 
     @classmethod
     def of(cls, task: Task) -> Inputs:
         """Inputs of a task, made unless the last task had the same."""
-        key = (task.shape, task.weight_format)
+        key = (task.shape, task.weight_format, max(task.num_tokens, LAYER_TOKENS))
         if key != cls.layer_key:
             cls.clear()  # before the next shape's weights
-            tokens = max(task.num_tokens, LAYER_TOKENS)
-            cls.layer, cls.layer_key = bench.shape_call(task.shape, tokens, ("bf16", task.weight_format), DEVICE), key
+            cls.layer, cls.layer_key = bench.shape_call(task.shape, key[2], ("bf16", task.weight_format), DEVICE), key
         if cls.inputs is None or cls.inputs.task.num_tokens != task.num_tokens:
             cls.inputs = None
             cls.inputs = Inputs(cls.layer, task)
