@@ -505,7 +505,7 @@ def test_report_of_an_exhaustive_sweep(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     distance = re.search(r"search over the best known, 106\.0 us: [\d.]+ % after 16", out)
     assert distance and (tmp_path / "curves.png").stat().st_size > 5000
-    assert "gemm2 mxfp4 m1: panel_n=16 micro_m=1 micro_n=1; 1 tasks, times over the hand-chosen: mean 0.9" in out
+    assert "gemm2 mxfp4 m1: micro_m=1 micro_n=1 panel_n=16; 1 tasks, times over the hand-chosen: mean 0.9" in out
     assert report.in_order(tmp_path / cpu.TARGET / "gemm2")[tasks[0].label][0] == pytest.approx(116.0)  # hand-chosen
 
 

@@ -123,8 +123,9 @@ def curves(target: ModuleType, stage: str, root: Path | None, shapes: Sequence[s
 def distances(found: dict[Task, tuple[list[float], float]]) -> Iterator[str]:
     """How far from the best of all the search was after some trials."""
     for task, (best, optimum) in found.items():
-        after = [f"{100 * (best[n - 1] / optimum - 1):.1f} % after {n}" for n in REPLAYED_TRIALS if n <= len(best)]
-        yield f"{task.stage} {task.label}: search over the best known, {optimum:.1f} us: {', '.join(after)}"
+        counts = [n for n in REPLAYED_TRIALS if n < len(best)] + [len(best)]
+        after = ", ".join(f"{100 * (best[n - 1] / optimum - 1):.1f} % after {n}" for n in counts)
+        yield f"{task.stage} {task.label}: search over the best known, {optimum:.1f} us: {after}"
 
 
 def plot(target: ModuleType, found: dict[str, dict[Task, tuple[list[float], float]]], path: Path) -> None:
