@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning spaces of CUDA targets without their GPUs: what is legal, what is compiled, how choices become artifacts."""
 
-import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -24,22 +22,18 @@ from tvmmoe.select import targets_of  # noqa: E402
 from tvmmoe.testing import Case, make_case, skip_unless_arch  # noqa: E402
 from tvmmoe.tuning import cuda, records, sm120a  # noqa: E402
 from tvmmoe.tuning.search import Run  # noqa: E402
-from tvmmoe.tuning.tasks import Task, decisions, key_of  # noqa: E402
+from tvmmoe.tuning.tasks import Task, decisions, key_of, traced_decisions  # noqa: E402
 
 TASK = Task(sm120a.TARGET, "gemm1", "nvfp4", "Qwen3-235B-A22B", 256)
-
-
-def legal_configs(task: Task) -> list[dict[str, int]]:
-    every = (dict(zip(sm120a.KNOBS, values, strict=True)) for values in itertools.product(*sm120a.KNOBS.values()))
-    return [config for config in every if sm120a.is_legal(task, config)]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 256, 1024, 8192])
 @pytest.mark.parametrize("stage, weight_format", [("gemm1", "nvfp4"), ("gemm2", "mxfp4")])
 def test_space_holds_the_default_and_has_finite_features(stage, weight_format, num_tokens):
     task = Task(sm120a.TARGET, stage, weight_format, "Qwen3-235B-A22B", num_tokens)
-    configs = legal_configs(task)
-    assert sm120a.default(task) in configs and len(configs) >= 32
+    configs = sm120a.configs(task)
+    assert sm120a.default(task) in sm120a.seeds(task) and len(configs) >= 32
+    assert all(config in configs for config in sm120a.seeds(task))
     assert Task.of_label(task.target, stage, task.label) == task
     rows = [sm120a.features(task, config) for config in configs]
     assert len({len(row) for row in rows}) == 1 and all(math.isfinite(x) for row in rows for x in row)
@@ -83,35 +77,45 @@ def test_gemm1_result_is_found_in_the_workspace():
 
 
 def test_trace_survives_the_database(tmp_path):
-    run = Run(TASK, sm120a, tmp_path / "records", tmp_path, None)
+    run = Run(TASK, sm120a, records.Database(tmp_path), tmp_path, None)
     sch = Schedule(run.mod)
     sm120a.space(TASK, sch)
-    run.record(sch.trace, [1e-3])
-    again = Run(TASK, sm120a, tmp_path / "records", tmp_path, None)
+    run.record(decisions(sch), 1e3)
+    again = Run(TASK, sm120a, records.Database(tmp_path), tmp_path, None)
     assert again.us == {key_of(decisions(sch)): pytest.approx(1e3)}
-    assert again.config_of(again.trace_of(sm120a.default(TASK))) == sm120a.default(TASK)
+    assert traced_decisions(again.trace_of(sm120a.default(TASK))) == sm120a.default(TASK)
 
 
 # --------------------------------------------------------------------------------------------------------- candidates
 
 
 def test_candidates_become_libraries_of_the_instruction(tmp_path):
-    """Two candidates in one nvcc run, and then no run at all: they are there."""
     other = sm120a.default(TASK) | dict(warps_t=2, num_stages=2)
     configs = [sm120a.gemm_config(TASK, config) for config in (sm120a.default(TASK), other)]
     path = tmp_path / "unit.so"
-    makers = {sm120a.symbol("gemm1", c): partial(sm120a.stage_function, "gemm1", c) for c in configs}
-    sm120a.compile_stage(makers, path)
+    cuda.compile_unit(sm120a.__name__, [("gemm1", c) for c in configs], str(path))
     sass = {part.split()[0]: part for part in nvcc.sass_of(path).split("Function : ")[1:]}
-    assert set(sass) == {f"{symbol}_gemm1_gated" for symbol in makers} and all("OMMA" in text for text in sass.values())
-    path.with_suffix(".txt").write_text("\n".join(makers))
-    assert cuda.compile_all(sm120a.__name__, "gemm1", configs, tmp_path) == {c: (str(path), "") for c in configs}
+    assert set(sass) == {f"{sm120a.symbol('gemm1', c)}_gemm1_gated" for c in configs}
+    assert all("OMMA" in text for text in sass.values())
 
 
-def test_candidate_that_does_not_compile_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(sm120a, "compile_stage", lambda makers, path: (_ for _ in ()).throw(RuntimeError("nvcc failed")))
-    configs = [sm120a.gemm_config(TASK, sm120a.default(TASK))]
-    assert cuda._compile(sm120a.__name__, "gemm1", configs, str(tmp_path / "x.so")) == "RuntimeError: nvcc failed"
+@pytest.mark.parametrize(
+    "capability, gencodes",
+    [
+        ((12, 0), [build.NATIVE]),
+        ((12, 1), [build.GB10]),
+        ((9, 0), [build.NATIVE, build.GB10]),
+        (None, [build.NATIVE, build.GB10]),
+    ],
+)
+def test_candidates_are_for_the_gpu_at_hand(capability, gencodes, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(build, "packed_source", lambda makers: "")
+    monkeypatch.setattr(build, "compile_so", lambda source, path, *codes: seen.extend(codes))
+    sm120a.compile_stage({}, tmp_path / "unit.so")
+    assert seen == gencodes
 
 
 # ------------------------------------------------------------------------------------------------------------ choices
@@ -128,9 +132,10 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
     better = default | dict(num_stages=3)
     for num_tokens in (512, 1024):
         task = Task(sm120a.TARGET, "gemm2", "nvfp4", "Qwen3-235B-A22B", num_tokens)
-        run = Run(task, sm120a, records.folder_of(sm120a.TARGET, "gemm2", tmp_path), tmp_path, None)
+        database = records.Database(records.folder_of(sm120a.TARGET, "gemm2", tmp_path))
+        run = Run(task, sm120a, database, tmp_path, None)
         for config, us in ((default, 100.0), (better, 90.0)):
-            run.record(run.trace_of(config), [us * 1e-6])
+            run.record(config, us)
     chosen = sm120a.chosen("nvfp4", tmp_path)
     assert chosen[64]["gemm2"].num_stages == 3 and chosen[64]["gemm1"].num_stages == default["num_stages"]
     assert sm120a.chosen("mxfp4", tmp_path)[64]["gemm2"].num_stages == default["num_stages"]

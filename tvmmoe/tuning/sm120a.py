@@ -7,6 +7,7 @@ Only the weight format's own activations (mxfp8, nvfp4) are timed.
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from tvmmoe.kernels.sm120a.gemm2 import gemm2
 from tvmmoe.kernels.sm120a.layout import slices
 from tvmmoe.kernels.sm120a.operator import TILES, host_function
 from tvmmoe.tuning import cuda
-from tvmmoe.tuning.tasks import Task, decide
+from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm120a"
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm90a/*.py", "kernels/sm120a/*.py")
 NUM_SMS = 170  # RTX 5090
 SM_SMEM_BYTES, SM_REGISTERS, SM_THREADS = 100 * 1024, 65536, 1536
 KNOBS = {
@@ -38,9 +40,9 @@ KNOBS = {
 
 device_name = cuda.device_name
 tvm_target = functools.partial(cuda.tvm_target, "sm_120a", kernel.SMEM_BYTES)
-chosen = functools.partial(cuda.chosen, __name__)
-build = functools.partial(cuda.build, __name__)
-Bench = functools.partial(cuda.Bench, __name__)
+(tasks, knobs, space, default, seeds, by_tile_height, chosen, configs, precompile, build, Bench) = cuda.of(
+    sys.modules[__name__]
+)
 
 
 def mode(weight_format: str) -> tuple[str, str]:
@@ -49,27 +51,12 @@ def mode(weight_format: str) -> tuple[str, str]:
     return activation.name, weight_format
 
 
-def tasks(stage: str, weight_format: str, shape: str, num_tokens: int) -> list[Task]:
-    """The one task of a call."""
-    return [Task(TARGET, stage, weight_format, shape, num_tokens)]
-
-
-def space(task: Task, sch: tvm.s_tir.Schedule) -> None:
-    """Sample a configuration; the workload itself is not transformed: the kernel is written in TIRx."""
-    decide(sch, KNOBS)
-
-
 def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
     """The kernel's configuration of decisions. Raises AssertionError where it has none."""
     rest = dict(config)
     ni, remainder = divmod(rest.pop("tile_m"), 8 * config["warps_t"])
     assert ni and not remainder, config
     return kernel.GemmConfig(WeightFormat[task.weight_format], ni=ni, **rest)
-
-
-def default(task: Task) -> dict[str, int]:
-    """Hand-chosen decisions for the task's rows an expert."""
-    return default_of_tile(next((m for m in TILES if m >= task.rows_per_expert), max(TILES)))
 
 
 def default_of_tile(tile_m: int) -> dict[str, int]:
@@ -85,7 +72,7 @@ def is_legal(task: Task, config: dict[str, int]) -> bool:
     except AssertionError:
         return False
     has_registers = registers(c) <= min(255, SM_REGISTERS // c.threads) + 16  # near the limit ptxas manages with less
-    return cuda.fits(task, c.tile_m) and has_registers and 64 <= c.threads <= 512 and c.rows <= 256
+    return c.tile_m in knobs(task)["tile_m"] and has_registers and 64 <= c.threads <= 512 and c.rows <= 256
 
 
 def registers(c: kernel.GemmConfig) -> int:
@@ -125,10 +112,11 @@ def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
 
 
 def compile_stage(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], path: Path) -> None:
-    """A library of packed functions for the GPU at hand."""
-    is_gb10 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (12, 1)
-    gencode = sm120a_build.GB10 if is_gb10 else sm120a_build.NATIVE
-    sm120a_build.compile_so(sm120a_build.packed_source(makers), path, gencode)
+    """A library of packed functions for the GPU at hand; where that is another one or none, for the whole family."""
+    gencodes = {(12, 0): sm120a_build.NATIVE, (12, 1): sm120a_build.GB10}
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    mine = [gencodes[here]] if here in gencodes else gencodes.values()
+    sm120a_build.compile_so(sm120a_build.packed_source(makers), path, *mine)
 
 
 def z_slice(problem: Problem, tile_m: int) -> Slice:

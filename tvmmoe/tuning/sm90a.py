@@ -3,6 +3,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, TILES, Arguments
 from tvmmoe.tuning import cuda
-from tvmmoe.tuning.tasks import Task, decide
+from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm90a"
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm90a/*.py")
 KNOBS = {
     "tile_m": tuple(TILES),
     "mi": (1, 2),
@@ -31,12 +33,11 @@ KNOBS = {
     "max_stages": (kernel.MAX_STAGES,),
 }
 
-
 device_name = cuda.device_name
 tvm_target = functools.partial(cuda.tvm_target, "sm_90a", kernel.SMEM_BYTES)
-chosen = functools.partial(cuda.chosen, __name__)
-build = functools.partial(cuda.build, __name__)
-Bench = functools.partial(cuda.Bench, __name__)
+(tasks, knobs, space, default, seeds, by_tile_height, chosen, configs, precompile, build, Bench) = cuda.of(
+    sys.modules[__name__]
+)
 
 
 def mode(weight_format: str) -> tuple[str, str]:
@@ -44,24 +45,9 @@ def mode(weight_format: str) -> tuple[str, str]:
     return "bf16", weight_format
 
 
-def tasks(stage: str, weight_format: str, shape: str, num_tokens: int) -> list[Task]:
-    """The one task of a call."""
-    return [Task(TARGET, stage, weight_format, shape, num_tokens)]
-
-
-def space(task: Task, sch: tvm.s_tir.Schedule) -> None:
-    """Sample a configuration; the workload itself is not transformed: the kernel is written in TIRx."""
-    decide(sch, KNOBS)
-
-
 def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
     """The kernel's configuration of decisions."""
     return kernel.GemmConfig(WeightFormat[task.weight_format], **config)
-
-
-def default(task: Task) -> dict[str, int]:
-    """Hand-chosen decisions for the task's rows an expert."""
-    return default_of_tile(next((m for m in TILES if m >= task.rows_per_expert), max(TILES)))
 
 
 def default_of_tile(tile_m: int) -> dict[str, int]:
@@ -74,8 +60,8 @@ def is_legal(task: Task, config: dict[str, int]) -> bool:
     """What the kernel can be built for, and tiles that fit the task's rows at all."""
     c = gemm_config(task, config)
     registers = c.mi * c.tile_m <= (256 if c.warpgroups == 2 else 96)
-    divides = c.ks <= c.warpgroups and c.k_blocks % c.ks == 0
-    return cuda.fits(task, c.tile_m) and registers and divides and _num_stages(task, c) >= 2
+    fits = c.tile_m in knobs(task)["tile_m"] and c.ks <= c.warpgroups and c.k_blocks % c.ks == 0
+    return fits and registers and _num_stages(task, c) >= 2
 
 
 def _num_stages(task: Task, c: kernel.GemmConfig) -> int:

@@ -2,18 +2,23 @@
 """Measuring in a process of its own: a candidate that hangs, crashes or corrupts the CUDA context costs a restart.
 
 One JSON line a request on stdin, one a reply on a pipe: {"task", "artifact", "config"} -> {"us"} or {"error"}.
+Several tunings of one machine take turns, request by request: while one measures, another searches.
 """
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
 import select
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from tvmmoe.tuning.tasks import Task
+
+TURNS = "tvmmoe_tune.lock"  # in the temporary folder of the machine
 
 
 class Worker:
@@ -24,6 +29,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.replies = -1
         self.num_starts = 0
+        self.turns = open(os.path.join(tempfile.gettempdir(), TURNS), "a")
 
     def _start(self) -> None:
         self.replies, write = os.pipe()
@@ -42,8 +48,12 @@ class Worker:
 
     def measure(self, task: Task, artifact: str, config: dict[str, int]) -> dict[str, Any]:
         """{"us"} or {"error"}; a candidate that ends the process gets one more try in a fresh one."""
-        reply = self._request(task, artifact, config)
-        return self._request(task, artifact, config) if reply is None else reply or {}
+        fcntl.flock(self.turns, fcntl.LOCK_EX)
+        try:
+            reply = self._request(task, artifact, config)
+            return self._request(task, artifact, config) if reply is None else reply or {}
+        finally:
+            fcntl.flock(self.turns, fcntl.LOCK_UN)
 
     def _request(self, task: Task, artifact: str, config: dict[str, int]) -> dict[str, Any] | None:
         is_retry = self.process is None and self.num_starts > 0
