@@ -81,6 +81,27 @@ def test_cuda_artifact_has_machine_code_for_its_chips(target):
         assert nvcc.chips_of(MANIFEST.folder / file) == (chips or {"sm_80"})
 
 
+def fatbin(library, folder):
+    """The CUDA code of a library; the rest of it holds names of nvcc's temporary files."""
+    code = folder / "fatbin"
+    subprocess.run(["objcopy", "-O", "binary", "--only-section=.nv_fatbin", str(library), str(code)], check=True)
+    return code.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_same_decisions_give_the_same_cubin(tmp_path):
+    """Of one small kernel: two runs of nvcc, ten seconds."""
+    pytest.importorskip("xgboost")
+    from tvmmoe.tuning import cuda, sm90a
+
+    config = sm90a.kernel.GemmConfig(WeightFormat.mxfp4, **sm90a.default_of_tile(8))
+    built = []
+    for name in ("first.so", "second.so"):
+        cuda.compile_unit(sm90a.__name__, [("gemm2", config)], str(tmp_path / name))
+        built.append(fatbin(tmp_path / name, tmp_path))
+    assert len(built[0]) > 10_000 and built[0] == built[1]
+
+
 def test_selection_ranges_touch_and_end_in_a_catch_all():
     groups = {}
     for entry in (entry for entry in MANIFEST.entries if entry.max_rows_per_expert != 0):  # else it serves nothing

@@ -24,6 +24,7 @@ import torch
 tvm = pytest.importorskip("tvm")
 pytest.importorskip("xgboost")
 
+import tvm_ffi  # noqa: E402
 from tvm.s_tir import Schedule  # noqa: E402
 
 import tvmmoe  # noqa: E402
@@ -162,14 +163,17 @@ def test_wrong_results_are_not_recorded(tmp_path):
     assert any("relative L2" in error for _, error in run.errors)
 
 
-def test_changed_definition_is_reported_by_name(tmp_path, monkeypatch):
+def test_changed_definition_is_reported_by_name(tmp_path, monkeypatch, capsys):
     run = run_of(tmp_path, Clock())
     run.search(2)
     original = Task.workload
     changed = Task("x86-64-v3", "gemm2", "nvfp4", "Qwen3-30B-A3B", 1, 4)
     monkeypatch.setattr(Task, "workload", lambda self: original(changed))
+    records._load.cache_clear()
     measurements, stale = records.load(cpu.TARGET, "gemm2", tmp_path)
     assert not measurements and stale == ["x86-64-v3/gemm2/Qwen3-30B-A3B_mxfp4_t1_m4"]
+    assert tune.main(["--target", "cpu", "--report", "--out", str(tmp_path)]) == 0
+    assert f"stale, the definition has changed: {stale[0]}" in capsys.readouterr().out
 
 
 def test_time_limit_keeps_what_there_is(tmp_path):
@@ -409,6 +413,28 @@ def test_records_of_another_device_are_refused(tmp_path):
         tvmmoe.ArgumentError, match="records of NVIDIA H100 80GB HBM3, this is NVIDIA H200; name another"
     ):
         records.claim_device("sm90a", "NVIDIA H200", tmp_path)
+
+
+def committed():
+    return [(target, stage) for target in (cpu, sm90a) for stage in records.stages_of(target.TARGET)]
+
+
+@pytest.mark.parametrize("target, stage", [pytest.param(*p, id=f"{p[0].TARGET}-{p[1]}") for p in committed()])
+def test_committed_records_hold_for_todays_definitions(target, stage):
+    """Record -> decisions -> TIR: the stored hash is that of today's definition, and every trace applies to it."""
+    folder = records.folder_of(target.TARGET, stage)
+    hashes = {json.loads(line)[0] for line in (folder / "database_workload.json").read_text().splitlines()}
+    database = records.Database(folder)
+    assert records.load(target.TARGET, stage)[1] == [] and database.by_label
+    for label, known in database.by_label.items():
+        task = Task.of_label(target.TARGET, stage, label)
+        mod = task.workload()
+        assert str(tvm_ffi.structural_hash(mod) % 2**64) in hashes, label
+        for record in known:
+            sch = Schedule(mod)
+            record.trace.apply_to_schedule(sch, remove_postproc=True)
+            config = decisions(sch)
+            assert config == traced_decisions(record.trace) and target.is_legal(task, config), (label, config)
 
 
 def test_choice_needs_a_gain_over_many_tasks():
