@@ -99,7 +99,7 @@ def test_the_same_decisions_give_the_same_cubin(tmp_path):
     for name in ("first.so", "second.so"):
         cuda.compile_unit(sm90a.__name__, [("gemm2", config)], str(tmp_path / name))
         built.append(fatbin(tmp_path / name, tmp_path))
-    assert len(built[0]) > 10_000 and built[0] == built[1]
+    assert len(built[0]) > 5_000 and built[0] == built[1]
 
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():
