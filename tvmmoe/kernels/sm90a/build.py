@@ -68,9 +68,9 @@ def cuda_source(functions: Sequence[Variant]) -> str:
     return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
 
 
-def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
+def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: str = "sm_90a") -> str:
     """CUDA C++ of packed functions by symbol, which contains ``_moe_``; their kernels get the names they were traced by."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
+    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
     functions, names = {}, {}
     for symbol, make in makers.items():
         functions[symbol] = make()
@@ -99,13 +99,13 @@ def _source_alone() -> Iterator[None]:
         tvm_ffi.register_global_func(name, before, override=True)
 
 
-def compile_so(source: str, path: Path) -> str:
+def compile_so(source: str, path: Path, gencodes: Sequence[str] = ("arch=compute_90a,code=sm_90a",)) -> str:
     """Run nvcc; returns its log. Raises RuntimeError with nvcc's message."""
     path.parent.mkdir(parents=True, exist_ok=True)
     includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
     command = [
         "nvcc", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3",
-        *(f"-I{folder}" for folder in includes), "-gencode", "arch=compute_90a,code=sm_90a",
+        *(f"-I{folder}" for folder in includes), *(word for code in gencodes for word in ("-gencode", code)),
         "-Xptxas", "-v,--warn-on-spills", "-diag-suppress=174,177",
         f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path), "-x", "cu", "-",
     ]  # fmt: skip
