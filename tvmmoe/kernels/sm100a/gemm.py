@@ -2,10 +2,10 @@
 """Main loop of both grouped GEMMs on tcgen05.mma: FP4 weights times tokens of any format, operands swapped.
 
     grid        one persistent CTA an SM; tile = (128 weight rows, up to tile_m tokens of one expert)
-    warp 0      TMA: packed weights of kind::mxf4nvf4, [128 rows, 128 bytes] a K block, 128-byte swizzle
+    warp 0      TMA, K blocks of [rows, 128 bytes] with 128-byte swizzle: packed weights of kind::mxf4nvf4, tokens of gemm2
     warp 1      tensor memory; one thread issues tcgen05.cp of scales, tcgen05.mma and tcgen05.commit
-    warps 4-7   everything that TMA cannot bring (load.py): token rows, gathered; scales from rows that start anywhere, into
-                the tiles that tcgen05.cp wants; e2m1 weights for kind::mxf8f6f4; weights decoded to bf16 for kind::f16
+    warps 4-7   what TMA cannot bring (load.py): tokens of gemm1, gathered; scales from rows that start anywhere, into the
+                tiles that tcgen05.cp wants; e2m1 weights for kind::mxf8f6f4; weights decoded to bf16 for kind::f16
     warps 8-11  epilogue: tcgen05.ld, bias, activation and scales, bf16 through stmatrix.trans, 16-byte row stores
 
     tensor memory: accumulators [128, tile_m], several times, so that the epilogue of a tile runs under the next one's
@@ -15,7 +15,7 @@ Weights are M = 128, so tokens are N, which is a run-time field of the instructi
 columns as it has rows, rounded to ``width_step``.
 
 Barriers. A stage's ``full`` counts the 128 threads of warps 4-7, who fence their writes for the asynchronous proxy first,
-and where TMA loads weights also its thread and its bytes; its ``empty`` is one commit. An accumulator's ``done`` is one
+and where TMA loads something also its thread and its bytes; its ``empty`` is one commit. An accumulator's ``done`` is one
 commit, its ``free`` the 128 threads of the epilogue. tcgen05.cp after tcgen05.mma is not among the pairs that the ISA
 orders, hence scale columns of their own for every stage: who overwrites them has waited for ``empty``.
 K past the end is zero on both sides, also in scale bytes, which may be NaN beyond.
@@ -50,6 +50,7 @@ from tvmmoe.kernels.sm90a.trace import (
     ptx,
     scalar,
     store_vec4,
+    tensor_map,
     u32,
     while_,
 )  # fmt: skip
@@ -109,7 +110,7 @@ class GemmConfig:
         return self.form.num_scales > 0
 
     @property
-    def has_tma(self) -> bool:
+    def has_weight_map(self) -> bool:
         """Whether weights lie in shared memory as in global memory, so that TMA can bring them.
 
         For e2m1 of kind::mxf8f6f4 there is CU_TENSOR_MAP_DATA_TYPE_16U4_ALIGN16B, but it wants K % 128 == 0 and rows of
@@ -205,9 +206,14 @@ class GemmConfig:
         return self.accumulators * self.accumulator_columns + self.num_stages * self.stage_columns
 
     @property
-    def stage_tma_bytes(self) -> int:
-        """What a stage's barrier hears from TMA; boxes count whole, also where they leave the tensor."""
-        return self.weight_stage if self.has_tma else 0
+    def weight_tma_bytes(self) -> int:
+        """What a stage's barrier hears of weights from TMA; boxes count whole, also where they leave the tensor."""
+        return self.weight_stage if self.has_weight_map else 0
+
+    @property
+    def token_box(self) -> int:
+        """Token rows of one TMA box; a tile loads as many boxes as its rows need."""
+        return min(self.tile_m, 32)
 
     def __post_init__(self) -> None:
         assert is_legal(self), self
@@ -235,7 +241,8 @@ class GroupedGemm:
 
     def emit(self) -> None:
         a, c, p = self.a, self.c, self.p
-        weight_map = p.weight_map() if c.has_tma else None
+        self.maps = [p.weight_map() if c.has_weight_map else None, self._token_map() if p.is_contiguous else None]
+        self.has_tma = c.has_weight_map or p.is_contiguous
         row_blocks = cast(p.num_row_blocks(c), "int32")
         with kernel(p.name, T.int32(NUM_CTAS), THREADS) as thread:
             self.thread = thread
@@ -244,10 +251,10 @@ class GroupedGemm:
             self.row_blocks = let(row_blocks)
             self.k_steps = let(cast((p.k + (c.k_stage - 1)) // c.k_stage, "int32"))
             self.num_items = let(load("int32", address(a.ws["num_tiles"])) * self.row_blocks)
-            if c.has_tma:
+            if self.has_tma:
                 with if_(thread.warp == 0):
                     with if_(cuda.elect_sync() != u32(0)):
-                        self._load_weights(weight_map)
+                        self._load()
             with if_(thread.warp == 1):
                 with if_(cuda.elect_sync() != u32(0)):
                     self._multiply()
@@ -278,7 +285,7 @@ class GroupedGemm:
             ptx["tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned"]()
         with if_(self.thread.tid == 0):
             for barriers, size, count in (
-                (self.full, s, PRODUCERS + c.has_tma),
+                (self.full, s, PRODUCERS + self.has_tma),
                 (self.empty, s, 1),
                 (self.done, c.accumulators, 1),
                 (self.free, c.accumulators, 128),
@@ -311,20 +318,36 @@ class GroupedGemm:
 
     # --------------------------------------------------------------------------------------------------------------- TMA
 
-    def _load_weights(self, weight_map) -> None:
-        c, ring = self.c, Ring(self.c.num_stages)
+    def _token_map(self):
+        c, p = self.c, self.p
+        dims, box = [p.token_bytes, self.a.max_tiles * c.tile_m], [desc.BLOCK_BYTES, c.token_box]
+        return tensor_map(address(p.tokens), dims, [p.token_bytes], box, "uint8", 3)
+
+    def _load(self) -> None:
+        c, p, ring = self.c, self.p, Ring(self.c.num_stages)
+        weights, tokens = self.maps
 
         def work(tile: Tile) -> None:
-            coordinates = self.p.weight_coordinates(tile)
+            coordinates = p.weight_coordinates(tile)
+            boxes = let((tile.num_rows + (c.token_box - 1)) // c.token_box)
+            num_bytes = T.int32(c.weight_tma_bytes)
+            if tokens is not None:
+                num_bytes = let(num_bytes + boxes * (c.k_blocks * c.token_box * desc.BLOCK_BYTES))
             with for_(self.k_steps) as step:
                 cuda.mbarrier_wait(self.empty.ptr_to([ring.index]), ring.phase ^ u32(1))
                 bar = self.full.ptr_to([ring.index])
-                ptx.mbarrier.arrive.expect_tx.shared.b64(bar, u32(c.stage_tma_bytes))
+                ptx.mbarrier.arrive.expect_tx.shared.b64(bar, cast(num_bytes, "uint32"))
                 for block in range(c.k_blocks):
-                    target = self.ws.ptr_to([ring.index * c.weight_stage + block * (ROWS * desc.BLOCK_BYTES)])
-                    place = [step * (c.k_blocks * desc.BLOCK_BYTES) + block * desc.BLOCK_BYTES, *coordinates]
-                    is_streamed = c.tile_m <= 32
-                    sm90a.tma_load(len(place), target, T.address_of(weight_map), place, bar, is_streamed)
+                    column = let((step * c.k_blocks + block) * desc.BLOCK_BYTES)
+                    if weights is not None:
+                        target = self.ws.ptr_to([ring.index * c.weight_stage + block * (ROWS * desc.BLOCK_BYTES)])
+                        _load_box(target, weights, [column, *coordinates], bar, c.tile_m <= 32)
+                    if tokens is not None:
+                        first = let(ring.index * c.token_stage + block * (c.tile_m * desc.BLOCK_BYTES))
+                        with for_(boxes) as box:
+                            target = self.xs.ptr_to([first + box * (c.token_box * desc.BLOCK_BYTES)])
+                            row = tile.token_tile * c.tile_m + box * c.token_box
+                            _load_box(target, tokens, [column, row], bar)
                 ring.advance()
 
         self.tiles(work)
@@ -477,6 +500,10 @@ def _descriptor(pointer, stride_bytes: int, is_swizzled: bool):
     constant = desc.matrix_descriptor(0, 0, stride_bytes, desc.SWIZZLE_128B if is_swizzled else 0)
     start = cuda.cvta_generic_to_shared(pointer)
     return let(T.uint64(constant) | cast((start & u32(0x3FFFF)) >> u32(4), "uint64"))
+
+
+def _load_box(target, tensor, place, barrier, is_streamed: bool = False) -> None:
+    sm90a.tma_load(len(place), target, T.address_of(tensor), place, barrier, is_streamed)
 
 
 def _commit(barrier) -> None:

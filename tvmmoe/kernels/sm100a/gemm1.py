@@ -18,6 +18,8 @@ from tvmmoe.kernels.sm120a import gemm1 as sm120a
 class Gemm1(sm120a.Gemm1):
     """Rows of gemm1."""
 
+    is_contiguous = False  # tokens are gathered
+
     def __init__(self, a, config: GemmConfig, is_gated: bool):
         super().__init__(a, is_gated, config.weight_format)
         self.name = f"{self.name}_{config.activation_format.name}"

@@ -15,6 +15,8 @@ from tvmmoe.kernels.sm120a import gemm2 as sm120a
 class Gemm2(sm120a.Gemm2):
     """Rows of gemm2; the arithmetic is that of sm90a."""
 
+    is_contiguous = True  # tokens of a tile are neighbours
+
     def __init__(self, a, config: GemmConfig):
         super().__init__(a, config.weight_format)
         self.name = f"{self.name}_{config.activation_format.name}"

@@ -111,15 +111,15 @@ class Producer:
         # Rows of a thread are 16 apart, so that their chunks are exchanged alike.
         row = let(self.index // CHUNKS)
         self.place = let(desc.chunk_offset(row, self.chunk))
-        self.tokens = []
-        for first in range(0, c.tile_m, PRODUCERS // CHUNKS):
+        self.tokens = []  # TMA brings those that lie together
+        for first in range(0, 0 if p.is_contiguous else c.tile_m, PRODUCERS // CHUNKS):
             token, pointer = let(row + first), scalar("int64", T.int64(0))
             with if_(token < tile.num_rows):
                 assign(pointer, p.tokens + p.operand_row(c, tile, token) * p.token_bytes)
             self.tokens.append(pointer)
         weights = let(p.weights + cast(tile.expert, "int64") * (p.rows_per_expert * (p.k // 2)))
         self.weights = []
-        if not c.has_tma:
+        if not c.has_weight_map:
             per_row = CHUNKS if c.is_scaled else c.k_stage // 32
             for first in range(0, PRODUCERS, PRODUCERS // per_row):
                 weight_row = p.row(c, tile, let(first + self.index // per_row))
@@ -140,7 +140,7 @@ class Producer:
         """Request step ``step`` into stage ``stage``; what ends inside it is zero after the end."""
         c, g = self.c, self.g
         size = c.token_stage // c.k_blocks
-        for block in range(c.k_blocks):
+        for block in range(c.k_blocks if self.tokens else 0):
             column = let((step * c.k_blocks + block) * desc.BLOCK_BYTES + self.chunk * 16)
             num_bytes = let(T.Select(cast(column, "int64") < self.p.token_bytes, T.int32(16), T.int32(0)))
             for i, pointer in enumerate(self.tokens):
@@ -148,7 +148,7 @@ class Producer:
                 target = g.xs.ptr_to([stage * c.token_stage + block * size + place])
                 with if_(pointer != 0):
                     sm90a.copy_async(target, address(pointer, cast(column, "int64")), 16, num_bytes)
-        if not c.has_tma:
+        if not c.has_weight_map:
             (self._request_widened if c.is_scaled else self._request_packed)(stage, step)
         at = let(step * c.scale_bytes)
         left = let(self.row_bytes - at)

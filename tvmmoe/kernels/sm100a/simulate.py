@@ -237,6 +237,7 @@ template <class Tuple, size_t... I> void call_box(uint32_t to, const void* map, 
 template <class Tuple> void without_last(uint32_t to, const void* map, Tuple t) {
   call_box(to, map, t, std::make_index_sequence<std::tuple_size<Tuple>::value - 1>{});
 }
+TVMMOE_TMA(2)
 TVMMOE_TMA(3)
 TVMMOE_TMA(5)
 inline void mbarrier_init_shared_b64(uint32_t p, uint32_t count) { tc::barriers[p] = {int(count), int(count), 0, 0}; }
