@@ -35,6 +35,8 @@ from tvmmoe.workspace import max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
+    import tvm_ffi
+
     from tvmmoe.kernels.sm90a import trace
     from tvmmoe.kernels.sm100a import build, gemm, load, operator, simulate
 needs_tvm = pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
@@ -239,8 +241,6 @@ def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder: Pat
 
 def run(case: Case, kwargs: dict, tile_m: int, path: Path) -> tuple[torch.Tensor, ...]:
     """gemm2_output, the reference's, and the live rows of both."""
-    import tvm_ffi
-
     replay = torch.empty(case.num_tokens, case.top_k, dtype=torch.int16)
     expected, _, rows = moe_ref(**kwargs | dict(do_finalize=False, routing_replay_out=replay), tile_m=tile_m)
     max_rows = tile_m * max_num_tiles(len(rows), case.num_local_experts, tile_m)
@@ -279,7 +279,7 @@ BREAKS = {  # how a kernel is broken, and what the simulation says
         lambda m: m.setattr(gemm.GemmConfig, "weight_tma_bytes", property(lambda c: 2 * c.weight_stage)), "deadlock"),
     "no_fence": (lambda m: m.setattr(load, "ptx", WithoutFence()), "no fence has made visible"),
     "no_swizzle": (lambda m: m.setattr(desc, "chunk_offset", lambda row, chunk: row * 128 + chunk * 16), "rel_l2"),
-    "no_wait_for_a_free_stage": (lambda m: m.setattr(load, "cuda", MagicMock()), "one arrival too many"),
+    "no_wait_for_a_free_stage": (lambda m: m.setattr(load, "cuda", MagicMock()), "deadlock"),
     "arrival_instead_of_commit": (
         lambda m: m.setattr(gemm, "_commit", lambda bar: trace.ptx.mbarrier.arrive.shared.b64(bar, trace.u32(1))),
         "tcgen05.dealloc"),
@@ -356,12 +356,29 @@ def test_kernels_are_tcgen05_without_spills(weight_format, tile_m, gencode, tmp_
 
 
 @needs_tvm
+def test_accumulators_are_used_after_the_wait(tmp_path):
+    """tcgen05.ld delivers in tcgen05.wait::ld, but nothing tells the compiler: no instruction of the PTX may come between."""
+    cuda = build.cuda_source([operator.variant(MX, 8)], operator.gemms)
+    command = ["nvcc", "-ptx", "-std=c++17", "-O3", "-arch=compute_100a", "-diag-suppress=174,177", "-x", "cu", "-"]
+    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    command += [*(f"-I{path}" for path in includes), "-o", str(tmp_path / "moe.ptx")]
+    subprocess.run(command, input=cuda, text=True, check=True, capture_output=True)
+    loaded, count = set(), 0
+    for line in (tmp_path / "moe.ptx").read_text().splitlines():
+        if "tcgen05.ld" in line:
+            loaded |= set(re.findall(r"%r\d+", line.split("}")[0]))
+            count += 1
+        elif "tcgen05.wait::ld" in line:
+            loaded = set()
+        assert "tcgen05.ld" in line or not loaded & set(re.findall(r"%r\d+", line)), line
+    assert count >= 12  # two in each of six kernels
+
+
+@needs_tvm
 def test_whole_operator_compiles(tmp_path):
     v = operator.variant(MX, 32)
     log = build.compile_so(build.cuda_source([v]), tmp_path / build.file_name(MX), [build.DATACENTER])
     assert {"route", "scatter", "finalize"} <= set(re.findall(rf"{v.symbol}_([a-z0-9]+)", log))
-    import tvm_ffi
-
     assert tvm_ffi.load_module(str(tmp_path / build.file_name(MX)))[v.symbol]  # without a driver
 
 

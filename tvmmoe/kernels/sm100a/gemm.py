@@ -67,7 +67,12 @@ FIRST_PRODUCER, FIRST_EPILOGUE = 4, 8  # warps
 EPILOGUE_BARRIER = 1  # named barrier of the epilogue's warps
 CHUNK_M = 32  # tokens whose results pass through shared memory at a time
 # What tuning may choose from, for is_legal to thin out.
-KNOBS = {"k_blocks": (1, 2, 4), "num_stages": tuple(range(3, 17)), "accumulators": (1, 2, 4)}
+KNOBS = {
+    "tile_m": (8, 16, 32, 64, 128, 256),
+    "k_blocks": (1, 2, 4),
+    "num_stages": tuple(range(3, 17)),
+    "accumulators": (1, 2, 4),
+}
 
 
 @dataclass(frozen=True)
@@ -222,10 +227,7 @@ class GemmConfig:
 def is_legal(c: GemmConfig) -> bool:
     """Whether a configuration can be built."""
     return (
-        c.k_blocks in KNOBS["k_blocks"]
-        and c.tile_m % 8 == 0
-        and 8 <= c.tile_m <= 256
-        and c.num_stages >= 3
+        all(getattr(c, name) in values for name, values in KNOBS.items())
         and c.smem_bytes <= SMEM_BYTES
         and c.tmem_columns <= desc.TMEM_COLUMNS
     )

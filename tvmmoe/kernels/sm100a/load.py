@@ -7,6 +7,9 @@
     finish    when a request has arrived: scale words -> scale tiles (descriptors.py), or packed weights -> bf16; then the
               fence for the asynchronous proxy and this thread's arrival
 
+TMA's gather4 could bring the tokens of gemm1, but a K that ends inside its box is reported to give wrong results on a B200
+(triton-lang/triton#10927), and whether the box or its user is to blame cannot be tried here.
+
 Thread t has the scales of weight row t and of tokens t and t + 128, so only decoding needs what others have requested.
 
 Raw scales of a stage, [words + 2, scaled_rows] words: word i of every row, one more word for rows that start between
