@@ -63,6 +63,7 @@ CUDA_TARGETS = {
     target.name: target
     for target in (
         CudaTarget("sm90a", (gencode("90a"),)),
+        CudaTarget("sm100a", (gencode("100a"), gencode("103a")), default_limits={8: 0.0, 32: 4.0, 128: 22.0, 256: 107.0}),
         CudaTarget("sm120a", (gencode("120a"), gencode("121a")), False, {8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
     )
 }

@@ -34,6 +34,7 @@ _RUNTIME = r"""
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define CUDART_INF_F INFINITY
 struct dim3 { unsigned x, y, z; dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
 
@@ -60,6 +61,11 @@ inline dim3 block;
 inline long progress;
 inline void (*entry)(void*);
 inline void* arguments;
+// What another chip than sm_120 has besides (kernels/sm100a/simulate.py):
+inline void (*on_begin)() = [] {};                // before a CTA
+inline void (*on_end)() = [] {};                  // after it
+inline bool (*on_idle)() = [] { return false; };  // no fiber can go on: do something that is still due
+inline void (*on_copy)(const char*, int) = [](const char*, int) {};  // cp.async has written shared memory
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
 inline void wait(Barrier& barrier, int count) {
@@ -99,7 +105,7 @@ inline void run_cta(int threads) {
       self = &fibers[i];
       swapcontext(&scheduler, &self->context);
     }
-    if (live && progress == before) {
+    if (live && progress == before && !on_idle()) {
       fprintf(stderr, "simulate: deadlock in CTA %u\n", block.x);
       abort();
     }
@@ -111,14 +117,17 @@ inline void run_grid(dim3 ctas, int threads, size_t bytes) {
   cta = {};
   for (unsigned i = 0; i < ctas.x * ctas.y; ++i) {
     block = dim3(i % ctas.x, i / ctas.x);
-    smem.assign(bytes + 64, char(0xff));
+    smem.assign(bytes + 1024, char(0xff));
+    on_begin();
     run_cta(threads);
+    on_end();
   }
 }
-inline char* shared() { return (char*)((uintptr_t(smem.data()) + 63) & ~uintptr_t(63)); }
+inline char* shared() { return (char*)((uintptr_t(smem.data()) + 1023) & ~uintptr_t(1023)); }
 inline void make(const Copy& c) {
   memcpy(c.to, c.from, c.bytes);
   memset(c.to + c.bytes, 0, c.size - c.bytes);
+  on_copy(c.to, c.size);
 }
 inline uint32_t bf16(float x) {
   uint32_t bits;
@@ -268,8 +277,8 @@ def _translate(match: re.Match) -> str:
     return f"ptx::{mnemonic.replace('.', '_').replace('::', '_')}({', '.join(values)});"
 
 
-def host_source(cuda: str, early: bool = False) -> str:
-    """Host C++ of what ``build.cuda_source`` returned."""
+def host_source(cuda: str, early: bool = False, extra: str = "") -> str:
+    """Host C++ of what ``build.cuda_source`` returned; ``extra`` defines what this module does not."""
     kernels, host = cuda.split("#include <tvm/ffi/c_api.h>", 1)
     kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
     for form in FORMS:  # the simulator has its own
@@ -282,7 +291,7 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     mma = "".join(_MMA.format(name=form.function, form=form.model) for form in FORMS)
-    parts = (f"#define SIM_EARLY {int(early)}", _RUNTIME, emulation.MODEL, _INSTRUCTIONS, mma, kernels, _HOST)
+    parts = (f"#define SIM_EARLY {int(early)}", _RUNTIME, emulation.MODEL, _INSTRUCTIONS, mma, extra, kernels, _HOST)
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
 
 
