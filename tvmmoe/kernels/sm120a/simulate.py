@@ -169,6 +169,8 @@ _INSTRUCTIONS = r"""
 namespace ptx {
 template <class T> T& at(uint32_t shared) { return *(T*)(sim::shared() + shared); }
 template <class T> T& at(const void* p) { return *(T*)p; }
+inline void griddepcontrol_wait() {}  // grids run one after another
+inline void griddepcontrol_launch_dependents() {}
 template <class T> void ld_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
 template <class T> void ld_shared_b32(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 4); }
 inline void ld_global_f32(float& d, const void* p) { d = at<float>(p); }
