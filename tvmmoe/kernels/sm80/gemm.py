@@ -61,6 +61,11 @@ class GemmConfig(MmaConfig):
         return super().threads * self.warps_k
 
     @property
+    def ctas_per_sm(self) -> int:
+        """That registers must suffice for: 2 where 128 of them hold the accumulators, at 256 threads."""
+        return 2 if self.mi * self.ni <= 8 else 1
+
+    @property
     def k_blocks(self) -> int:
         """Of a stage, a warp."""
         return self.k_step // K_BLOCK // self.warps_k
@@ -124,7 +129,7 @@ class GroupedGemm(MmaGemm):
             tokens = let(base + self.token_at + block * (2 * K_BLOCK))
             if c.weight_format is WeightFormat.nvfp4:
                 halves = [isa.e4m3_multipliers(pair) for pair in scales]
-                self._multiply_words(words, tokens, lambda row, word, halves=halves: [halves[row][word // 2]])
+                self._multiply_live(words, tokens, lambda row, word, halves=halves: [halves[row][word // 2]])
             else:
                 self._multiply_mxfp4(words, tokens, scales)
 
@@ -142,23 +147,35 @@ class GroupedGemm(MmaGemm):
 
         def once():
             factors = [let(byte * u32(0x00800080) + u32((126 << 7) * 0x10001)) for byte in scales]
-            self._multiply_words(words, tokens, lambda row, _: [factors[row]])
+            self._multiply_live(words, tokens, lambda row, _: [factors[row]])
 
         def twice():  # b = 0 is the subnormal 2^-127, b = 255 is NaN
             nan = [((byte + u32(1)) >> u32(8)) * u32(0x007F007F) for byte in scales]
             factors = [let(T.max(b * u32(0x00800080), u32(0x00400040)) + n) for b, n in zip(scales, nan, strict=True)]
-            self._multiply_words(words, tokens, lambda row, _: [u32(TWO_POW_126), factors[row]])
+            self._multiply_words(words, tokens, lambda row, _: [u32(TWO_POW_126), factors[row]], self.c.ni)
 
         if_else(isa.any_lane(largest > u32(_MAX_FAST_UE8M0)), twice, once)
 
-    def _multiply_words(self, words, tokens, factors) -> None:
+    def _multiply_live(self, words, tokens, factors) -> None:
+        """One K block of all tokens of the warp, or of the first half of them if no others are live."""
+        ni = self.c.ni
+
+        def multiply(count: int):
+            self._multiply_words(words, tokens, factors, count)
+
+        if ni < 4:
+            multiply(ni)
+        else:
+            if_else(self.live > 4 * ni, lambda: multiply(ni), lambda: multiply(ni // 2))
+
+    def _multiply_words(self, words, tokens, factors, ni: int) -> None:
         """One K block, 8 MMA steps; ``factors(row, word)`` are what a word of a row of this lane is multiplied by."""
         c = self.c
         for word in range(4):
             if word > 0 and c.mi * c.ni >= 8:
-                cuda.warp_sync()
+                cuda.warp_sync()  # or else ptxas loads the tokens of all words at once, and spills
             a = [self._decode([words[2 * i + r][word] for r in range(2)], 2 * i, word, factors) for i in range(c.mi)]
-            for j in range(c.ni):
+            for j in range(ni):
                 b = isa.load_matrices(self.smem.ptr_to([tokens + 8 * j * c.token_pitch + 64 * word]))
                 for step in range(2):
                     for i in range(c.mi):

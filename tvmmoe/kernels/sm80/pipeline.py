@@ -6,7 +6,7 @@
     warps      warps_r x warps_t; a warp owns mi fragments of 16 weight rows and ni of 8 tokens
     load       every thread, cp.async, num_stages - 1 steps of k_step columns ahead: weights and tokens 16 bytes at a time,
                scales in 4-byte words around bytes that start anywhere, or in one piece where rows are aligned
-    multiply   a subclass's, from shared memory into accumulators
+    multiply   a subclass's, from shared memory into accumulators; a warp all of whose tokens are padding does not
     store      bias, activation and scales on accumulators; bf16 through movmatrix; rows of tokens
 
 K past the end of a row is zero on all sides: cp.async fills with zeros, also the scale bytes, which may be NaN beyond.
@@ -62,6 +62,7 @@ class MmaConfig:
     num_stages: int
 
     has_token_scales = False
+    ctas_per_sm = 1  # that registers must suffice for
 
     @property
     def symbol(self) -> str:
@@ -144,7 +145,7 @@ class MmaGemm:
     def emit(self) -> None:
         a, c, p = self.a, self.c, self.p
         row_blocks = cast(p.num_row_blocks(c), "int32")
-        with kernel(p.name, cast(a.max_tiles, "int32") * row_blocks, c.threads) as thread:
+        with kernel(p.name, cast(a.max_tiles, "int32") * row_blocks, c.threads, c.ctas_per_sm) as thread:
             self.thread = thread
             smem = Smem()
             self.smem = smem.alloc(c.num_stages * c.stage_bytes, "uint8", 128)
@@ -165,7 +166,7 @@ class MmaGemm:
             with if_(T.int32(step) < self.k_steps):
                 self._load(T.int32(step), T.int32(step))
             ptx["cp.async.commit_group"]()
-        self._plan_accumulators()
+        self._plan_accumulators(tile)
         cuda.cta_sync()  # the skews are there
         self._plan_fragments()
         state = self.p.begin_tile(self, tile)
@@ -176,7 +177,8 @@ class MmaGemm:
             with if_(step + (c.num_stages - 1) < self.k_steps):
                 self._load(free, let(step + (c.num_stages - 1)))
             ptx["cp.async.commit_group"]()
-            self._multiply(stage)
+            with if_(self.live > 0):
+                self._multiply(stage)
             assign(free, stage)
             assign(stage, T.Select(stage == c.num_stages - 1, T.int32(0), stage + 1))
         self._store(tile, state)
@@ -273,12 +275,13 @@ class MmaGemm:
 
     # ---------------------------------------------------------------------------------------------------- accumulators
 
-    def _plan_accumulators(self) -> None:
-        """Where this lane's accumulators are in the tile, and zeros in them."""
+    def _plan_accumulators(self, tile: Tile) -> None:
+        """Where this lane's accumulators are in the tile, and zeros in them; how many of its warp's tokens are live."""
         c, thread = self.c, self.thread
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
         warp_r, warp_t = let(thread.warp % c.warps_r), let(thread.warp // c.warps_r % c.warps_t)
         self.first_row, self.first_token = let(warp_r * (16 * c.mi)), let(warp_t * (8 * c.ni))
+        self.live = let(tile.num_rows - self.first_token)  # or less than one
         # [mi][r]: rows of this lane's accumulators
         self.rows = [[let(self.first_row + 16 * mi + 8 * r + self.group) for r in range(2)] for mi in range(c.mi)]
         self.acc = [regs(4 * c.ni, "float32") for _ in range(c.mi)]
