@@ -15,10 +15,10 @@ operands of two MMAs (intrinsics.spread_e2m1), an ldmatrix of four matrices the 
 Roofline from data sheets, not measured here. An MMA is 4096 FLOP: 8 clocks of a sub-core's tensor pipe on A100 (108 SMs,
 1.41 GHz: 312 TFLOP/s), 32 on RTX 4090 (128 SMs, 2.52 GHz: 165 TFLOP/s with fp32 sums). A weight byte is worth 4 * tokens
 FLOP, so at 2.04 TB/s (A100 80GB) weights bound the time below 38 tokens an expert, at 1.01 TB/s (RTX 4090) below 41.
-Decoding 8 values is 8 LOP3, 6 shifts and 4 FMA a lane, 18 issue slots for the weights of two MMAs and 16 rows; at ni = 8
-two k16 steps of 32 x 64 (mi = 2) are 32 MMAs, 256 clocks on A100 and 1024 on RTX 4090, against 72 slots of decoding, 8
-ldmatrix and 32 issues: the tensor pipe is the limit. For one fragment of tokens a warp decodes 256 values in some 30 slots,
-34 values a clock of an SM with all four sub-cores busy; DRAM brings 27 (A100: 13.4 bytes a clock of an SM) or 6 (RTX 4090).
+Decoding a word of 8 values is 8 LOP3, 7 shifts and 4 FMA (SASS). For two k16 steps of 32 x 64 (mi = 2, ni = 8) a lane has 4
+words: 76 issue slots of decoding, 8 ldmatrix and 32 MMAs, which take the tensor pipe 256 clocks on A100 and 1024 on RTX
+4090: the pipe is the limit. For one fragment of tokens a warp decodes 256 values in some 30 slots, 34 values a clock of an SM
+with all four sub-cores busy; DRAM brings 27 (A100: 13.4 bytes a clock of an SM) or 6 (RTX 4090).
 """
 
 from dataclasses import dataclass
