@@ -63,7 +63,7 @@ CUDA_TARGETS = {
         CudaTarget("sm90a", (gencode("90a"),)),
         CudaTarget("sm120a", (gencode("120a"), gencode("121a")), default_limits={8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
         CudaTarget("sm80", ("arch=compute_80,code=[compute_80,sm_80]",),
-                   default_limits={8: 0.0, 16: 4.0, 32: 8.0, 64: 22.0, 128: 50.0}),
+                   default_limits={8: 0.0, 16: 4.0, 32: 10.0, 64: 22.0, 128: 50.0}),
     )
 }
 TARGETS = ("cpu", *CUDA_TARGETS)
