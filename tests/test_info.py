@@ -110,7 +110,7 @@ def test_problem_is_that_of_a_real_call(formats):
         ([*GPT_OSS_20B, "--local-num-experts", "33"], "local_num_experts: got 33, expected 1 ... "),
         ([*GPT_OSS_20B, "--tokens", "-1"], "--tokens: got -1, expected at least 0"),
         ([*GPT_OSS_20B, "--tokens", "x"], "invalid literal for int()"),
-        ([*GPT_OSS_20B, "--target", "sm80"], "--target: got sm80, expected one of sm"),
+        ([*GPT_OSS_20B, "--target", "sm75"], "--target: got sm75, expected one of sm"),
         ([*GPT_OSS_20B, "--activation", "mxfp8", "--weights", "nvfp4"], "gemm1_weights_scale: got uint8 "),
         ([*GPT_OSS_20B, "--device", "meta"], "no bf16 x mxfp4 artifact for meta on "),
         (["--device", "nope"], "Expected one of cpu, cuda, "),

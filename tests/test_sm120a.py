@@ -213,7 +213,11 @@ SIMULATED = {  # tails in K and in rows, scale rows that start anywhere, every e
     "identity": dict(activation=ActivationType.Identity, intermediate_size=96),
     "experts_1_to_2": dict(local_expert_offset=1, local_num_experts=2),
     "one_expert": dict(num_tokens=37, routing="one_expert"),
-}
+    "bf16": dict(activation_format=A.bf16, hidden_size=288, intermediate_size=160),
+    "bf16_relu2": dict(activation_format=A.bf16, activation=ActivationType.Relu2, intermediate_size=96),
+    "bf16_options": dict(activation_format=A.bf16, alpha=1.7, beta=1.0, clamp_limit=7.0, has_gemm1_bias=True,
+                         has_gemm2_bias=True),
+}  # fmt: skip
 PER_TOKEN = {"per_token": dict(has_per_token_scale=True), "per_token_relu2": dict(
     has_per_token_scale=True, activation=ActivationType.Relu2)}  # fmt: skip
 SIMULATED_IDS = [(f, name) for f in FORMAT for name in (*SIMULATED, *(PER_TOKEN if f is NV else ()))]
@@ -232,13 +236,13 @@ def shipped(weight_format: WeightFormat) -> dict:
 
 
 def gemms_source(variant) -> str:
-    """CUDA C++ of row_token, gemm1, requantize and gemm2."""
+    """CUDA C++ of what lies between permute and finalize."""
     return build.packed_source({variant.symbol: functools.partial(operator.gemms, variant)})
 
 
 @functools.cache
 def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder: Path):
-    """The packed function of row_token, gemm1, requantize and gemm2, compiled for this CPU."""
+    """The packed function of what lies between permute and finalize, compiled for this CPU."""
     import tvm_ffi
 
     variant = shipped(weight_format)[tile_m]
@@ -330,7 +334,7 @@ class TestSimulatedKernels:
     @pytest.mark.parametrize("weight_format", FORMAT)
     def test_other_tiles_match_reference(self, weight_format, tile_m, folder):
         sizes = dict(num_tokens=83, hidden_size=160, intermediate_size=96, num_experts=2, top_k=1)
-        for name in ("bias_clamp", "relu2"):
+        for name in ("bias_clamp", "relu2", "bf16_options", "bf16_relu2"):
             case = Case(**vars(simulated_case(weight_format, name)) | sizes)
             self.check(case, tile_m, folder, early=False)
 
@@ -363,14 +367,16 @@ def test_kernels_are_instructions_without_spills(weight_format, tile_m, tmp_path
         sass = functions[f"{variant.symbol}_{name}"]
         assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[variant.gemm1.form.name].opcode}
         assert "LDSM.16.M88.4" in sass and "LDGSTS" in sass and not re.search(r"\b(LDL|STL)\b", sass)
+        sass = functions[f"{variant.symbol}_{name}_bf16"]
+        assert set(re.findall(r"\b[A-Z]*MMA\.[.\w]*", sass)) == {"HMMA.16816.F32.BF16"}
 
 
 @needs_tvm
 @pytest.mark.parametrize("weight_format", FORMAT)
-def test_emulated_kernels_compile_for_sm80(weight_format, tmp_path):
+def test_emulated_kernels_compile_for_sm90(weight_format, tmp_path):
     source = gemms_source(shipped(weight_format)[8].emulated)
-    build.compile_so(source, tmp_path / "moe.so", build.EMULATED)
-    assert not re.search(r"\b[HOQ]MMA", sass_of(tmp_path / "moe.so"))
+    build.compile_so(source, tmp_path / "moe.so", build.EMULATED_SM90)
+    assert not re.search(r"\b[OQ]MMA", sass_of(tmp_path / "moe.so"))
 
 
 # --------------------------------------------------------------------------------------------------- emulated on Hopper

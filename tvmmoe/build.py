@@ -38,7 +38,6 @@ class CudaTarget:
 
     name: str
     gencodes: tuple[str, ...]  # of nvcc; the GPUs that they serve are in select.CUDA_TARGETS
-    has_bf16: bool = True  # activations, beside the weight format's own
     # Tile height -> rows per expert from which it serves, where schedules/<name>/crossovers.json has not been measured.
     default_limits: Mapping[int, float] = field(default_factory=dict)
 
@@ -48,8 +47,7 @@ class CudaTarget:
 
     def activation_formats(self, weight_format: WeightFormat) -> list[str]:
         """Names of what the kernels read."""
-        formats = [ActivationFormat.bf16] if self.has_bf16 else []
-        return [form.name for form in (*formats, _QUANTIZED[weight_format])]
+        return [form.name for form in (ActivationFormat.bf16, _QUANTIZED[weight_format])]
 
 
 def gencode(chip: str) -> str:
@@ -64,7 +62,9 @@ CUDA_TARGETS = {
     for target in (
         CudaTarget("sm90a", (gencode("90a"),)),
         CudaTarget("sm100a", (gencode("100a"), gencode("103a")), default_limits={8: 0.0, 32: 4.0, 128: 22.0, 256: 107.0}),
-        CudaTarget("sm120a", (gencode("120a"), gencode("121a")), False, {8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
+        CudaTarget("sm120a", (gencode("120a"), gencode("121a")), default_limits={8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
+        CudaTarget("sm80", ("arch=compute_80,code=[compute_80,sm_80]",),
+                   default_limits={8: 0.0, 16: 4.0, 32: 10.0, 64: 22.0, 128: 50.0}),
     )
 }
 TARGETS = ("cpu", *CUDA_TARGETS)

@@ -98,6 +98,11 @@ def chips_of(path: Path) -> set[str]:
     return set(re.findall(r"\.(sm_\w+)\.cubin", _cuobjdump("-lelf", path)))
 
 
+def ptx_of(path: Path) -> str:
+    """PTX in a library."""
+    return _cuobjdump("-ptx", path)
+
+
 def _cuobjdump(option: str, path: Path) -> str:
     """On PATH, with nvdisasm, or of the wheels that the extra ``test`` installs."""
     wheels = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"

@@ -13,7 +13,7 @@ import tvm
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels import nvcc
-from tvmmoe.kernels.sm120a.gemm import SMEM_BYTES
+from tvmmoe.kernels.sm80.pipeline import SMEM_BYTES
 from tvmmoe.kernels.sm120a.operator import TILES, Variant, config, operator
 
 NATIVE = "arch=compute_120a,code=sm_120a"

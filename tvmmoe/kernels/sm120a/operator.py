@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator for quantised activations as one packed host function, by the calling convention of ``tvmmoe.abi``.
+"""The operator as one packed host function, by the calling convention of ``tvmmoe.abi``.
 
-    route -> [count] -> scatter -> row_token -> gemm1 -> requantize -> gemm2 -> [finalize]
+    route -> [count] -> scatter -> row_token -> gemm1 -> requantize -> gemm2 -> [finalize]    quantised activations
+                                -> gather -> gemm1_bf16 -> gemm2_bf16 ->                      bf16
 
-route, count, scatter and finalize are Hopper's, which use nothing that consumer Blackwell lacks. bf16 activations have no
-kernel here.
+route, count, scatter, gather and finalize are Hopper's, which use nothing that consumer Blackwell lacks; the GEMMs of bf16
+activations are those of sm80: block-scaled instructions take no bf16.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe import abi
-from tvmmoe.config import WeightFormat
+from tvmmoe.config import ActivationFormat, WeightFormat
+from tvmmoe.kernels.sm80 import operator as sm80
 from tvmmoe.kernels.sm90a import permute
 from tvmmoe.kernels.sm90a.finalize import finalize
+from tvmmoe.kernels.sm90a.gather import gather
 from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
@@ -103,7 +106,7 @@ def operator(variant: Variant) -> tvm.tirx.PrimFunc:
 
 
 def gemms(variant: Variant) -> tvm.tirx.PrimFunc:
-    """Host function of what this package adds to Hopper's stages: it compiles for any GPU since sm_80."""
+    """Host function of what lies between permute and finalize."""
     return host_function(variant.symbol, variant.gemm1, lambda a: _launch_gemms(a, variant))
 
 
@@ -121,8 +124,18 @@ def host_function(symbol: str, c: GemmConfig, launch: Callable[[Arguments], None
 
 def _launch_gemms(a: Arguments, variant: Variant) -> None:
     c = variant.gemm1
-    row_token(a)
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
-    if_else(is_gated, lambda: gemm1(a, c, True), lambda: gemm1(a, c, False))
-    requantize(a, c.weight_format, c.tile_m)
-    gemm2(a, variant.gemm2)
+
+    def quantized():
+        row_token(a)
+        if_else(is_gated, lambda: gemm1(a, c, True), lambda: gemm1(a, c, False))
+        requantize(a, c.weight_format, c.tile_m)
+        gemm2(a, variant.gemm2)
+
+    def bf16():
+        decoded = sm80.config(c.weight_format, c.tile_m)
+        gather(a, ActivationFormat.bf16)
+        if_else(is_gated, lambda: sm80.gemm1(a, decoded, True, "_bf16"), lambda: sm80.gemm1(a, decoded, False, "_bf16"))
+        sm80.gemm2(a, decoded, "_bf16")
+
+    if_else(a.activation_format == int(ActivationFormat.bf16), bf16, quantized)
