@@ -11,7 +11,7 @@ from tvmmoe import baseline, bench, reference, shapes
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType
 from tvmmoe.config import WeightFormat as W
-from tvmmoe.testing import Case, make_case, rel_l2
+from tvmmoe.testing import Case, make_case, rel_l2, skip_unless_arch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TINY = {
@@ -111,6 +111,7 @@ def test_shapes_make_valid_calls(name):
 
 
 @pytest.mark.gpu
+@skip_unless_arch("sm90a")  # others have other kernels
 def test_stages_are_named(tiny, capsys):
     assert bench.main("--shape tiny --tokens 1,40 --rounds 1 --stages --device cuda".split()) == 0
     printed = capsys.readouterr().out

@@ -22,7 +22,7 @@ import torch
 from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.bench import MODES, check, median_us, of_tokens, rotating, routings, shape_call
-from tvmmoe.errors import ArgumentError, TvmMoeError
+from tvmmoe.errors import ArgumentError, TvmMoeError, UnsupportedError
 from tvmmoe.loader import Entry
 from tvmmoe.select import targets_of
 from tvmmoe.shapes import shape_case
@@ -82,6 +82,13 @@ def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
     return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
 
 
+def target_of(device: torch.device) -> str:
+    """The best target of a device that has artifacts: the one whose tiles are measured."""
+    targets = targets_of(device)
+    shipped = {entry.target for entry in loader.manifest().entries}
+    return next((target for target in targets if target in shipped), targets[0])
+
+
 def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
     """Entries worth timing: neither far too short nor far too tall for the rows."""
     heights = sorted(entry.tile_m for entry in entries)
@@ -90,8 +97,11 @@ def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
 
 def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: torch.device) -> Iterable[Record]:
     """One record for each number of rows at which the shape has a whole token."""
-    target = targets_of(device)[0]
-    entries = [e for e in loader.manifest().entries if e.target == target and e.weight_format == mode[1]]
+    target = target_of(device)
+    of_target = [e for e in loader.manifest().entries if e.target == target]
+    entries = [e for e in of_target if mode[0] in e.activation_formats and mode[1] == e.weight_format]
+    if not entries:
+        raise UnsupportedError(f"--mode: got {'-'.join(mode)}, which {target} has no tiles for")
     case = shape_case(name, 1, *mode, device=str(device))
     tokens = {rows: round(rows * case.num_experts / case.top_k) for rows in grid}
     kwargs = shape_call(name, max(tokens.values()), mode, str(device))
@@ -147,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--device: got {options.device}, expected cpu: torch sees no CUDA device")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    target = targets_of(device)[0]
+    target = target_of(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
     try:

@@ -6,9 +6,11 @@ Eager calls go straight to :func:`launch`, known ones past it (:mod:`tvmmoe.rela
 """
 
 import functools
+import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import torch
 from tvmmoe import abi, loader
 from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import Problem
-from tvmmoe.kernels.sm90a.layout import workspace_bytes as sm90a_workspace_bytes
+from tvmmoe.errors import UnverifiedWarning
 from tvmmoe.loader import Entry
 from tvmmoe.select import select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
@@ -32,7 +34,10 @@ def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
     sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
     sizes = (*sizes, problem.local_num_experts, entry.tile_m)
-    return sm90a_workspace_bytes(*sizes) if entry.target.startswith("sm") else cpu_slices(*sizes)[1]
+    if not entry.target.startswith("sm"):
+        return cpu_slices(*sizes)[1]
+    layout = importlib.import_module(f"tvmmoe.kernels.{entry.target}.layout")
+    return layout.workspace_bytes(*sizes, problem.weight_format)
 
 
 class Plan(NamedTuple):
@@ -55,10 +60,27 @@ def plan(problem: Problem, entry: Entry) -> Plan:
 
 def selected_entry(problem: Problem) -> Entry:
     """The manifest entry that serves ``problem`` on its device."""
-    entry = select(loader.manifest(), targets_of(problem.device), problem)
+    source = loader.manifest()
+    entry = select(source, targets_of(problem.device), problem)
+    if (verified := source.files[entry.file]["verified"]) != "measured":
+        _warn_once(entry.target, entry.file, verified)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
     return entry
+
+
+@functools.cache
+def _warn_once(target: str, file: str, verified: str) -> None:
+    proof = {
+        "emulated": "passed the tests on another GPU, with a function in place of the tensor core's instruction",
+        "compiled": "has been compiled, and nothing of it has ever run",
+    }
+    warnings.warn(
+        f"{file} has not run on a GPU of its target {target} yet: it {proof[verified]}; "
+        "verify it with python -m pytest -m gpu",
+        UnverifiedWarning,
+        stacklevel=2,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

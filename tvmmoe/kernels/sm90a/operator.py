@@ -12,6 +12,7 @@ Every kernel waits for the grids before it (griddepcontrol.wait) and lets the ne
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import tvm
@@ -95,17 +96,22 @@ def _activation_formats(weight_format: WeightFormat) -> tuple[ActivationFormat, 
 
 def operator(variant: Variant) -> tvm.tirx.PrimFunc:
     """The host function of one variant."""
+    return packed_function(variant, LAUNCH_PARAMS, gemm1, gemm2)
+
+
+def packed_function(variant: Variant, launch_params: list[str], gemm1: Callable, gemm2: Callable) -> tvm.tirx.PrimFunc:
+    """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(variant.symbol)
-            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": LAUNCH_PARAMS})
+            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": launch_params})
             a = Arguments(variant.tile_m)
             with if_(a.num_tokens > 0):
-                _launch_all(a, variant)
+                _launch_all(a, variant, gemm1, gemm2)
     return builder.get()
 
 
-def _launch_all(a: Arguments, variant: Variant) -> None:
+def _launch_all(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable) -> None:
     formats = _activation_formats(variant.gemm1.weight_format)
 
     def by_format(emit):
