@@ -75,7 +75,9 @@ def compile_so(source: str, path: Path, *gencodes: str) -> str:
         "nvcc", "-shared", "--compress-mode=size", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3",
         *(f"-I{folder}" for folder in includes), *(word for gencode in gencodes for word in ("-gencode", gencode)),
         "-Xptxas", "-v,--warn-on-spills", "-diag-suppress=174,177,550",
-        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path), "-x", "cu", "-",
+        # Of the host's linker alone: the device's notes its folders in the cubin, which then differs from place to place.
+        "-Xlinker", f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent},--no-as-needed,-ltvm_ffi",
+        "-o", str(path), "-x", "cu", "-",
     ]  # fmt: skip
     done = subprocess.run(command, input=source, capture_output=True, text=True)
     if done.returncode:
