@@ -303,6 +303,14 @@ class TestSimulatedKernels:
         case = simulated_case(weight_format, form, name, **LARGER)
         check(case, tile_m, simulated(weight_format, tile_m, False, folder))
 
+    @pytest.mark.parametrize("weight_format", FORMAT)
+    def test_other_knobs_match_reference(self, weight_format, folder, monkeypatch):
+        choices = {"nvfp4": (2, 3, 1), "mxfp8": (2, 4, 4), "bf16": (2, 3, 1)}  # k_blocks, num_stages, accumulators
+        monkeypatch.setitem(operator.TILES, 16, choices)
+        path = simulated(weight_format, 16, False, folder)
+        for form in ("quantized", "bf16"):
+            check(simulated_case(weight_format, form, "bias_clamp", **LARGER), 16, path)
+
     @pytest.mark.parametrize("form", ["quantized", "bf16"])
     @pytest.mark.parametrize("early", [False, True])
     @pytest.mark.parametrize("weight_format", FORMAT)

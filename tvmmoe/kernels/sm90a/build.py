@@ -72,6 +72,7 @@ def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: s
     """CUDA C++ of packed functions by symbol, which contains ``_moe_``; their kernels get the names they were traced by."""
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
     functions, names = {}, {}
+    kernel_names()  # a trace that failed has left its own
     for symbol, make in makers.items():
         functions[symbol] = make()
         for i, name in enumerate(kernel_names()):
