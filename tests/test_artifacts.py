@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,15 @@ def test_the_same_decisions_give_the_same_cubin(tmp_path):
         cuda.compile_unit(sm90a.__name__, [("gemm2", config)], str(tmp_path / name))
         built.append(fatbin(tmp_path / name, tmp_path))
     assert len(built[0]) > 5_000 and built[0] == built[1]
+
+
+def test_wheel_has_every_folder_of_artifacts_and_kernels():
+    root = Path(__file__).parents[1]
+    packages = (root / "pyproject.toml").read_text()
+    folders = {f"tvmmoe.artifacts.{file.split('/')[0]}" for file in MANIFEST.files}
+    assert all(f'"{folder}" = ["*.so"]' in packages for folder in folders)
+    folders |= {f"tvmmoe.kernels.{path.parent.name}" for path in (root / "tvmmoe" / "kernels").glob("*/__init__.py")}
+    assert [folder for folder in sorted(folders) if f'    "{folder}",\n' not in packages] == []
 
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():

@@ -3,6 +3,7 @@
 generated kernels on the CPU against the reference, and the compiled ones by their SASS. Nothing here has run on the chip.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -302,6 +303,14 @@ class TestSimulatedKernels:
         case = simulated_case(weight_format, form, name, **LARGER)
         check(case, tile_m, simulated(weight_format, tile_m, False, folder))
 
+    @pytest.mark.parametrize("weight_format", FORMAT)
+    def test_other_knobs_match_reference(self, weight_format, folder, monkeypatch):
+        choices = {"nvfp4": (2, 3, 1), "mxfp8": (2, 4, 4), "bf16": (2, 3, 1)}  # k_blocks, num_stages, accumulators
+        monkeypatch.setitem(operator.TILES, 16, choices)
+        path = simulated(weight_format, 16, False, folder)
+        for form in ("quantized", "bf16"):
+            check(simulated_case(weight_format, form, "bias_clamp", **LARGER), 16, path)
+
     @pytest.mark.parametrize("form", ["quantized", "bf16"])
     @pytest.mark.parametrize("early", [False, True])
     @pytest.mark.parametrize("weight_format", FORMAT)
@@ -387,12 +396,11 @@ def test_configurations_are_legal_or_refused():
     for weight_format, tile_m in itertools.product(WeightFormat, TILES):
         v = operator.variant(weight_format, tile_m)
         for c in (v.quantized, v.bf16):
-            assert c.smem_bytes <= gemm.SMEM_BYTES and c.tmem_columns <= desc.TMEM_COLUMNS
-            assert c.num_stages in gemm.KNOBS["num_stages"] and c.accumulators in gemm.KNOBS["accumulators"]
-    with pytest.raises(AssertionError):
-        gemm.GemmConfig(WeightFormat.nvfp4, A.nvfp4, 256, 1, 3, 2)  # 2 x 256 columns and scales
-    with pytest.raises(AssertionError):
-        gemm.GemmConfig(WeightFormat.mxfp4, A.mxfp8, 128, 4, 3, 1)  # shared memory
+            assert gemm.is_legal(c)
+            assert c.smem_bytes <= 227 * 1024 and c.tmem_columns <= 512
+            assert not gemm.is_legal(dataclasses.replace(c, num_stages=2))
+    assert not gemm.is_legal(gemm.GemmConfig(WeightFormat.nvfp4, A.nvfp4, 256, 1, 3, 2))  # 2 x 256 columns, and scales
+    assert not gemm.is_legal(gemm.GemmConfig(WeightFormat.mxfp4, A.mxfp8, 128, 4, 3, 1))  # shared memory
 
 
 if __name__ == "__main__":  # one case of a broken kernel, which may end this process

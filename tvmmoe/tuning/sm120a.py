@@ -15,6 +15,7 @@ import torch
 import tvm
 
 from tvmmoe.config import ActivationFormat, Problem, WeightFormat
+from tvmmoe.kernels.sm80.pipeline import SMEM_BYTES
 from tvmmoe.kernels.sm120a import build as sm120a_build
 from tvmmoe.kernels.sm120a import gemm as kernel
 from tvmmoe.kernels.sm120a.gemm1 import gemm1
@@ -26,7 +27,8 @@ from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm120a"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm90a/*.py", "kernels/sm120a/*.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py")
+SOURCES += tuple(f"kernels/{name}/*.py" for name in ("sm80", "sm90a", TARGET))
 NUM_SMS = 170  # RTX 5090
 SM_SMEM_BYTES, SM_REGISTERS, SM_THREADS = 100 * 1024, 65536, 1536
 KNOBS = {
@@ -39,7 +41,7 @@ KNOBS = {
 }
 
 device_name = cuda.device_name
-tvm_target = functools.partial(cuda.tvm_target, "sm_120a", kernel.SMEM_BYTES)
+tvm_target = functools.partial(cuda.tvm_target, "sm_120a", SMEM_BYTES)
 (tasks, knobs, space, default, seeds, by_tile_height, chosen, configs, precompile, build, Bench) = cuda.of(
     sys.modules[__name__]
 )

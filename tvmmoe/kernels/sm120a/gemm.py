@@ -25,7 +25,6 @@ from tvmmoe.kernels.sm80.pipeline import MmaConfig, MmaGemm
 from tvmmoe.kernels.sm90a.trace import let, load, ptx, regs
 from tvmmoe.kernels.sm120a import intrinsics as isa
 
-SMEM_BYTES = 99 * 1024  # most that a CTA may have
 
 @dataclass(frozen=True)
 class GemmConfig(MmaConfig):
