@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PER_UNIT = 12  # candidates of a library: an nvcc run costs 3.5 s and 1.5 s a candidate, a library 0.7 MB and 0.06 MB
+PER_UNIT = 12  # candidates of a library: an nvcc run costs 3.5 s and 1.5 to 5 s a candidate, a library 0.7 MB and 0.07 MB
 
 Compile = Callable[[Sequence[Any], str], None]  # candidates and the library's path; runs in a process of its own
 
@@ -62,8 +62,9 @@ class Folder:
         """
         todo = [symbol for symbol in candidates if symbol not in self.known]
         jobs = jobs or os.cpu_count() or 1
-        size = max(1, min(PER_UNIT, -(-len(todo) // (2 * jobs))))
-        units = [todo[i : i + size] for i in range(0, len(todo), size)]
+        # Neighbours cost alike, so a library takes every so manyth: all are ready at about the same time.
+        count = jobs * -(-len(todo) // (PER_UNIT * jobs))
+        units = [todo[i::count] for i in range(min(count, len(todo)))]
         while units:
             futures = {}
             for unit in units:

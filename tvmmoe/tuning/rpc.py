@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class RemoteWorker:
             raise ArgumentError(f"--rpc: got {address!r}, expected host:port:key")
         self.module, self.timeout_s, self.key = module, timeout_s, parts[2]
         try:
+            socket.create_connection((parts[0], int(parts[1])), 5).close()  # TVM would try for a minute
             self.tracker = rpc.connect_tracker(parts[0], int(parts[1]))
         except (OSError, RuntimeError) as error:
             raise ArgumentError(f"--rpc: no tracker answers at {parts[0]}:{parts[1]} ({error})") from error
