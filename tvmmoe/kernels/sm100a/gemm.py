@@ -58,7 +58,7 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 from tvmmoe.kernels.sm100a import descriptors as desc
 from tvmmoe.kernels.sm100a.load import PRODUCERS, Producer, Ring
-from tvmmoe.kernels.sm120a.intrinsics import grid_dependency
+from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 
 NUM_CTAS = 148  # SMs of a B200; fewer SMs still finish, in more than one wave
 ROWS = 128  # weight rows of a tile: the lanes of tensor memory

@@ -57,7 +57,6 @@ def slices(
         "tile_expert": num_tiles * 4,
         "tile_rows": num_tiles * 4,
         "num_tiles": 4,
-        "permuted_idx_to_token": rows * 4,
         "row_scale": rows * 4,
         "x": rows * padded(hidden_size) * 2,
         "z": rows * padded(intermediate_size) * 2,

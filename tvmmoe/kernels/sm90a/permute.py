@@ -12,7 +12,6 @@
 An expert's tiles share its rows evenly, to whole widths: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
 last tile would cost far more than its rows. Tiles up to 32 rows have one width and are filled.
 
-permuted_idx_to_token is the inverse of the placing; rows of padding have none.
 Local experts ascend; inside an expert rows follow expanded_idx. The pair on a tile's first row describes the tile.
 """
 
@@ -145,8 +144,6 @@ def scatter(a, tile_m: int) -> None:
             rows = let(totals[e])
             share = let(rows_per_tile(rows, tile_m))
             assign(row, first_row[e] + index // share * tile_m + index % share)
-            token = let(cast(pair, "int32") // cast(a.top_k, "int32"))
-            store_to("int32", address(a.ws["permuted_idx_to_token"], cast(row, "int64") * 4), token)
             with if_(index % share == 0):
                 tile = let(cast(row // tile_m, "int64"))
                 store_to("int32", address(a.ws["tile_expert"], tile * 4), e)

@@ -159,7 +159,7 @@ class Placement:
                 with if_(self.thread.lane == 0):
                     I.buffer_store(self._rows, row, [slot])
                     with if_(is_writer):
-                        self._write(token, pair, mine, row, tile, rank, rows, share)
+                        self._write(pair, mine, row, tile, rank, rows, share)
         with if_(T.And(self.thread.cta == 0, self.thread.warp == WARPS - 1)):
             num_tiles = self._tiles_below(self.num_local)
             with if_(self.thread.lane == 0):
@@ -185,11 +185,10 @@ class Placement:
                 assign(count, count + (self._counts[e] + self.tile_m - 1) // self.tile_m)
         return warp_add_s32(count)
 
-    def _write(self, token, pair, expert, row, tile, rank, rows, share) -> None:
+    def _write(self, pair, expert, row, tile, rank, rows, share) -> None:
         a = self.a
         store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), cast(pair, "int64") * 4), row)
         with if_(expert >= 0):
-            store_to("int32", address(a.ws["permuted_idx_to_token"], cast(row, "int64") * 4), token)
             with if_(rank % share == 0):
                 store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), expert)
                 live = let(T.min(rows - rank, share))
