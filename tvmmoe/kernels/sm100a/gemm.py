@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat, WeightFormat
+from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 from tvmmoe.kernels.sm90a import intrinsics as sm90a
 from tvmmoe.kernels.sm90a.gemm import Tile
 from tvmmoe.kernels.sm90a.trace import (
@@ -58,7 +59,6 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 from tvmmoe.kernels.sm100a import descriptors as desc
 from tvmmoe.kernels.sm100a.load import PRODUCERS, Producer, Ring
-from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 
 NUM_CTAS = 148  # SMs of a B200; fewer SMs still finish, in more than one wave
 ROWS = 128  # weight rows of a tile: the lanes of tensor memory
