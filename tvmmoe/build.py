@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from tvmmoe.loader import artifacts_dir
 
 CPU_CROSSOVERS = "x86-64-v3"  # whose measured limits both levels take
 TARGETS = ("cpu", "sm90a")
+BF16_OPERAND_MODES = ("bf16-mxfp4", "bf16-nvfp4", "nvfp4-nvfp4")
+FP8_MIN_ROWS = {64: 27.713, 128: 55.426, 192: 110.851}  # rows an expert: the limits of the bf16 tiles beside them
 
 
 def _version_of(command: str, line: int) -> str:
@@ -42,13 +44,19 @@ def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verifie
 
 
 def selection_rows(
-    target: str, weight_format: WeightFormat, min_rows_per_expert: dict[int, float], symbols: dict[int, str], file: str
+    target: str,
+    weight_format: WeightFormat,
+    min_rows_per_expert: dict[int, float],
+    symbols: dict[int, str],
+    file: str,
+    activation_formats: Sequence[ActivationFormat] | None = None,
 ) -> list[dict[str, Any]]:
     """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all.
 
     A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
     """
     quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
+    formats = activation_formats or (ActivationFormat.bf16, quantized)
     used = sorted(tile_m for tile_m in symbols if tile_m in min_rows_per_expert)
     limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
     ranges = dict(zip(used, zip(limits, limits[1:], strict=False), strict=True))
@@ -56,7 +64,7 @@ def selection_rows(
         {
             "target": target,
             "weight_format": weight_format.name,
-            "activation_formats": [ActivationFormat.bf16.name, quantized.name],
+            "activation_formats": [form.name for form in formats],
             "tile_m": tile_m,
             "min_rows_per_expert": ranges.get(tile_m, (0, 0))[0],
             "max_rows_per_expert": ranges.get(tile_m, (0, 0))[1],
@@ -123,10 +131,30 @@ def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dic
         file = f"sm90a/{build.file_name(weight_format)}"
         digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
         files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
-        limits = recorded_limits("sm90a", [variant.tile_m for variant in variants])
+        limits = recorded_limits("sm90a", [variant.tile_m for variant in variants], BF16_OPERAND_MODES)
         symbols = {variant.tile_m: variant.symbol for variant in variants}
-        entries += selection_rows("sm90a", weight_format, limits, symbols, file)
+        is_mx = weight_format == WeightFormat.mxfp4
+        formats = [ActivationFormat.bf16] if is_mx else None
+        entries += selection_rows("sm90a", weight_format, limits, symbols, file, formats)
+        if is_mx:
+            entries += sm90a_mxfp8_entries(limits, symbols, file)
+    variants = build.fp8_variants()
+    file = f"sm90a/{build.FP8_FILE}"
+    digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
+    files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
     return files, entries
+
+
+def sm90a_mxfp8_entries(limits: dict[int, float], symbols: dict[int, str], file: str) -> list[dict[str, Any]]:
+    """mxfp8 x mxfp4: the bf16 kernels' small tiles, then those on fp8 wgmma."""
+    from tvmmoe.kernels.sm90a import build
+
+    first = min(FP8_MIN_ROWS)
+    small = {tile_m: symbol for tile_m, symbol in symbols.items() if tile_m < first}
+    tall = {variant.tile_m: variant.symbol for variant in build.fp8_variants()}
+    limits = {tile_m: rows for tile_m, rows in limits.items() if tile_m < first} | FP8_MIN_ROWS
+    entries = selection_rows("sm90a", WeightFormat.mxfp4, limits, small | tall, file, [ActivationFormat.mxfp8])
+    return [entry | {"file": f"sm90a/{build.FP8_FILE}"} if entry["tile_m"] in tall else entry for entry in entries]
 
 
 def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:

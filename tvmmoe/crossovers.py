@@ -76,10 +76,12 @@ def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict
     return dict(sorted(limits.items()))
 
 
-def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
+def recorded_limits(target: str, tiles: Sequence[int], modes: Sequence[str] | None = None) -> dict[int, float]:
     """:func:`min_rows_per_expert` of the table that ships for ``target``, over all its shapes and modes: a limit of one
-    weight format alone would rest on too few shapes, and costs at most a few percent more."""
-    return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
+    weight format alone would rest on too few shapes, and costs at most a few percent more. ``modes`` names those whose
+    tiles are other kernels."""
+    rows = json.loads(path_of(target).read_text())["rows"]
+    return min_rows_per_expert([row for row in rows if modes is None or row["mode"] in modes], tiles)
 
 
 def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
@@ -91,7 +93,10 @@ def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
 def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: torch.device) -> Iterable[Record]:
     """One record for each number of rows at which the shape has a whole token."""
     target = targets_of(device)[0]
-    entries = [e for e in loader.manifest().entries if e.target == target and e.weight_format == mode[1]]
+    entries = [
+        e for e in loader.manifest().entries
+        if e.target == target and e.weight_format == mode[1] and mode[0] in e.activation_formats
+    ]  # fmt: skip
     case = shape_case(name, 1, *mode, device=str(device))
     tokens = {rows: round(rows * case.num_experts / case.top_k) for rows in grid}
     kwargs = shape_call(name, max(tokens.values()), mode, str(device))

@@ -206,7 +206,14 @@ inline void redux_sync_max_s32(int32_t& d, int32_t a, uint32_t) {
   for (int i = 0; i < 32; ++i) if (int32_t(sim::lane(i).words[0]) > d) d = sim::lane(i).words[0];
   sim::warp_sync();
 }
-inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) { d = __byte_perm(a, b, selector); }
+inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  const uint32_t bytes = __byte_perm(a, b, selector);
+  d = 0;
+  for (int i = 0; i < 4; ++i) {  // selector bit 3: the byte's sign in all of its bits
+    const uint32_t byte = bytes >> 8 * i & 255;
+    d |= (selector >> 4 * i & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+}
 inline void shf_r_wrap_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
   d = uint32_t((uint64_t(b) << 32 | a) >> (c & 31));
 }

@@ -19,10 +19,10 @@ from tvm.backend.cuda import export_cuda_host
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a.gemm import GemmConfig
-from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
+from tvmmoe.kernels.sm90a.operator import TILES, TILES_FP8, Variant, operator
 from tvmmoe.kernels.sm90a.trace import kernel_names
 
-_DRIVER_LOOKUP = r"""
+DRIVER_LOOKUP = r"""
 #include <cstdint>
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -58,6 +58,15 @@ def variants(weight_format: WeightFormat) -> list[Variant]:
     return [Variant(config, config) for config in configs]
 
 
+def fp8_variants() -> list[Variant]:
+    """The variants of mxfp8 x mxfp4 on fp8 wgmma."""
+    stages = [[GemmConfig(WeightFormat.mxfp4, tile_m, *c) for c in choices] for tile_m, choices in TILES_FP8.items()]
+    return [Variant(*configs, is_fp8=True) for configs in stages]
+
+
+FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
+
+
 def file_name(weight_format: WeightFormat) -> str:
     """Artifact of one weight format."""
     return f"moe_{weight_format.name}_sm90a.so"
@@ -84,7 +93,7 @@ def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
     flag = "val.programmaticStreamSerializationAllowed = "
     assert flag + "1;" in source
     source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # defined above, not imported
-    return _DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+    return DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
 
 
 @contextlib.contextmanager
@@ -121,7 +130,8 @@ def report(log: str) -> list[str]:
 
 
 def build_sm90a(out_dir: Path, variants_of: Callable[[WeightFormat], list[Variant]] = variants) -> None:
-    """Build one artifact a weight format into ``out_dir``."""
-    for weight_format in WeightFormat:
-        problems = report(compile_so(cuda_source(variants_of(weight_format)), Path(out_dir) / file_name(weight_format)))
+    """Build one artifact a weight format, and that of fp8, into ``out_dir``."""
+    units = {file_name(weight_format): variants_of(weight_format) for weight_format in WeightFormat}
+    for file, functions in (units | {FP8_FILE: fp8_variants()}).items():
+        problems = report(compile_so(cuda_source(functions), Path(out_dir) / file))
         assert not any("C75" in line for line in problems), problems

@@ -25,6 +25,7 @@ class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
     knows_tiles = False  # the kernel before this one writes the tile list
+    fp8_columns_at_once = 128  # summed by fp8 wgmma alone (gemm_fp8.py): z is rounded to e4m3 afterwards
 
     def __init__(self, a, is_gated: bool):
         self.a, self.is_gated = a, is_gated
@@ -32,7 +33,8 @@ class Gemm1:
         self.halves = 2 if is_gated else 1
         self.matrices = 1 if is_gated else 2  # 8-column output matrices of a warp's 16 fragment rows
         self.k, self.padded_k, self.operand = a.hidden_size, padded(a.hidden_size), a.ws["x"]
-        self.scales = a.gemm1_weights_scale
+        self.operand_scales = a.ws["x_scale"]  # of an fp8 operand
+        self.weights, self.scales = a.gemm1_weights, a.gemm1_weights_scale
         self.rows_per_expert = self.halves * a.intermediate_size
         self.out, self.out_width = a.ws["z"], padded(a.intermediate_size)
 

@@ -17,11 +17,13 @@ class Gemm2:
     name = "gemm2"
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
+    fp8_columns_at_once = 256  # summed by fp8 wgmma alone (gemm_fp8.py)
 
     def __init__(self, a):
         self.a = a
         self.k, self.padded_k, self.operand = a.intermediate_size, padded(a.intermediate_size), a.ws["z"]
-        self.scales = a.gemm2_weights_scale
+        self.operand_scales = a.ws["z_scale"]  # of an fp8 operand
+        self.weights, self.scales = a.gemm2_weights, a.gemm2_weights_scale
         self.rows_per_expert = a.hidden_size
         self.out, self.out_width = a.result("gemm2_output"), a.hidden_size
 

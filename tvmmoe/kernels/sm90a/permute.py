@@ -105,7 +105,7 @@ def rows_per_tile(rows, tile_m: int):
     """Rows of each of an expert's tiles but the last."""
     if tile_m <= 32:
         return T.int32(tile_m)
-    step = 32 if tile_m == 256 else 8  # between its widths (gemm.WIDTHS)
+    step = 32 if tile_m >= 128 else 8  # between its widths (gemm.WIDTHS)
     tiles = (rows + tile_m - 1) // tile_m
     return ((rows + tiles - 1) // tiles + (step - 1)) // step * step
 
