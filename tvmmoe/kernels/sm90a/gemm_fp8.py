@@ -261,7 +261,8 @@ class Fp8Gemm(GroupedGemm):
                 for word in words:
                     descriptor = isa.shared_descriptor(low + u32((block * self.x_block + word * 32) >> 4))
                     for mi in range(c.mi):
-                        fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor)
+                        is_sum = (4 * block + word) % self.steps_at_once > 0
+                        fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
                 ptx.wgmma.commit_group.sync.aligned()
                 ptx.wgmma.wait_group.sync.aligned(0)
                 if (block, words[-1]) == (c.k_blocks - 1, 3):
@@ -270,7 +271,7 @@ class Fp8Gemm(GroupedGemm):
                     self._promote(width)
 
     def _promote(self, width: int) -> None:
-        """Zeros instead of a first step that overwrites: with that one ptxas serialises every wgmma (C7511)."""
+        """The zeros cost nothing; without them ptxas serialises every wgmma (C7511), though the next one overwrites."""
         for acc, part in zip(self.acc, self.part, strict=True):
             for i in range(width // 2):
                 store(acc, acc[i] + part[i], i)
@@ -329,7 +330,7 @@ class Fp8Gemm(GroupedGemm):
                 offset = cast(block, "uint32") * u32(self.x_block) + u32(first * 128 + word * 32)
                 descriptor = isa.shared_descriptor(low + (offset >> u32(4)))
                 for mi in range(c.mi):
-                    fp8.wgmma(width, self.part[mi], fragments[mi], descriptor)
+                    fp8.wgmma(width, self.part[mi], fragments[mi], descriptor, word > 0)
                 ptx.wgmma.commit_group.sync.aligned()
                 ptx.wgmma.wait_group.sync.aligned(0)
             for n in range(width // 8):

@@ -76,10 +76,10 @@ def decode_word(word, table, destination, r: int) -> None:
         store(destination, positive * u32(0xFFFFFFFE) + value, 2 * h + r)
 
 
-def wgmma(width: int, acc, a, descriptor) -> None:
-    """acc[64, width] += a[64, 32] (registers) * b[32, width] (shared, tokens major)."""
+def wgmma(width: int, acc, a, descriptor, accumulate: bool) -> None:
+    """acc[64, width] (+)= a[64, 32] (registers) * b[32, width] (shared, tokens major)."""
     name = f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3"
-    ptx[name](*[acc[i] for i in range(width // 2)], *[a[i] for i in range(4)], descriptor, True, 1, 1)
+    ptx[name](*[acc[i] for i in range(width // 2)], *[a[i] for i in range(4)], descriptor, accumulate, 1, 1)
 
 
 def power_of_two(exponent_byte):
