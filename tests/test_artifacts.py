@@ -6,14 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import tvmmoe
-from tvmmoe import loader, op, torch_op
+from tvmmoe import loader, op, relaunch, torch_op
 from tvmmoe.config import WeightFormat
-from tvmmoe.select import select, targets_of
+from tvmmoe.select import CUDA_TARGETS, select, targets_of
 
 MANIFEST = loader.manifest()
 
@@ -35,22 +36,92 @@ def test_cpu_artifact_is_fresh():
         assert MANIFEST.files[f"cpu/fp4_block_scale_moe_{level}.so"]["tir_sha256"] == digest
 
 
-@pytest.mark.parametrize("weight_format", WeightFormat)
-def test_sm90a_artifact_is_fresh(weight_format):
-    pytest.importorskip("tvm")
-    from tvmmoe.build import sm90a_variants
-    from tvmmoe.kernels.sm90a import build
+def test_host_artifact_is_fresh():
+    build = pytest.importorskip("tvmmoe.build")
+    assert MANIFEST.files[relaunch.FILE]["tir_sha256"] == hashlib.sha256(build.HOST_SOURCE.read_bytes()).hexdigest()
 
-    source = build.cuda_source(sm90a_variants(weight_format))
-    record = MANIFEST.files[f"sm90a/{build.file_name(weight_format)}"]
+
+CUDA_FILES: dict[str, set[str]] = {}  # by target
+for one in MANIFEST.entries:
+    if one.target.startswith("sm"):
+        CUDA_FILES.setdefault(one.target, set()).add(one.file)
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+@pytest.mark.parametrize("target", CUDA_FILES)
+def test_cuda_artifact_is_fresh(target, weight_format):
+    pytest.importorskip("tvm")
+    from tvmmoe import build
+
+    source = build.cuda_source(build.CUDA_TARGETS[target], weight_format)
+    record = MANIFEST.files[f"{target}/{build.CUDA_TARGETS[target].build.file_name(weight_format)}"]
     assert record["tir_sha256"] == hashlib.sha256(source.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("target", CUDA_FILES)
+def test_cuda_entries_are_what_the_build_writes(target):
+    pytest.importorskip("tvm")
+    from tvmmoe import build
+
+    record = build.CUDA_TARGETS[target]
+    for entry in (entry for entry in MANIFEST.entries if entry.target == target):
+        weight_format = WeightFormat[entry.weight_format]
+        assert list(entry.activation_formats) == record.activation_formats(weight_format)
+        tiles = sorted(e.tile_m for e in MANIFEST.entries if (e.file, e.target) == (entry.file, target))
+        if entry.max_rows_per_expert != 0:
+            assert build.limits_of(record, tiles)[entry.tile_m] == entry.min_rows_per_expert
+
+
+@pytest.mark.parametrize("target", CUDA_FILES)
+def test_cuda_artifact_loads_without_a_gpu_and_has_every_symbol(target):
+    for entry in (entry for entry in MANIFEST.entries if entry.target == target):
+        assert loader.load(MANIFEST, entry.file)[entry.symbol] is not None
+
+
+@pytest.mark.parametrize("target", CUDA_FILES)
+def test_cuda_artifact_has_machine_code_for_its_chips(target):
+    """In CUDA's own words, not in the build's: the names of the cubins that the file holds."""
+    nvcc = pytest.importorskip("tvmmoe.kernels.nvcc")
+    chips = {f"sm_{major}{minor}a" for (major, minor), name in CUDA_TARGETS.items() if name == target}
+    for file in CUDA_FILES[target]:
+        assert nvcc.chips_of(MANIFEST.folder / file) == (chips or {"sm_80"})
+
+
+def fatbin(library, folder):
+    """The CUDA code of a library; the rest of it holds names of nvcc's temporary files."""
+    code = folder / "fatbin"
+    subprocess.run(["objcopy", "-O", "binary", "--only-section=.nv_fatbin", str(library), str(code)], check=True)
+    return code.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_same_decisions_give_the_same_cubin(tmp_path):
+    """Of one small kernel: two runs of nvcc, ten seconds."""
+    pytest.importorskip("xgboost")
+    from tvmmoe.tuning import cuda, sm90a
+
+    config = sm90a.kernel.GemmConfig(WeightFormat.mxfp4, **sm90a.default_of_tile(8))
+    built = []
+    for name in ("first.so", "second.so"):
+        cuda.compile_unit(sm90a.__name__, [("gemm2", config)], str(tmp_path / name))
+        built.append(fatbin(tmp_path / name, tmp_path))
+    assert len(built[0]) > 5_000 and built[0] == built[1]
+
+
+def test_wheel_has_every_folder_of_artifacts_and_kernels():
+    root = Path(__file__).parents[1]
+    packages = (root / "pyproject.toml").read_text()
+    folders = {f"tvmmoe.artifacts.{file.split('/')[0]}" for file in MANIFEST.files}
+    assert all(f'"{folder}" = ["*.so"]' in packages for folder in folders)
+    folders |= {f"tvmmoe.kernels.{path.parent.name}" for path in (root / "tvmmoe" / "kernels").glob("*/__init__.py")}
+    assert [folder for folder in sorted(folders) if f'    "{folder}",\n' not in packages] == []
 
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():
     groups = {}
     for entry in (entry for entry in MANIFEST.entries if entry.max_rows_per_expert != 0):  # else it serves nothing
         groups.setdefault((entry.target, entry.weight_format), []).append(entry)
-    assert {target for target, _ in groups} == {"x86-64", "x86-64-v3", "sm90a"}
+    assert {target for target, _ in groups} >= {"x86-64", "x86-64-v3", "sm90a", "sm120a"}
     for entries in groups.values():
         assert entries[0].min_rows_per_expert == 0 and entries[-1].max_rows_per_expert is None
         for left, right in zip(entries, entries[1:], strict=False):
@@ -64,9 +135,11 @@ def test_both_cpu_levels_agree(target, monkeypatch):
     kwargs = make_case(num_tokens=21)
     (expected,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
     torch_op.selected_plan.cache_clear()
+    relaunch.forget()
     monkeypatch.setattr(torch_op, "targets_of", lambda device: (target,))
     (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
     torch_op.selected_plan.cache_clear()
+    relaunch.forget()
     assert rel_l2(actual, expected) < 4e-3
 
 

@@ -11,7 +11,7 @@ from tvmmoe import baseline, bench, reference, shapes
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType
 from tvmmoe.config import WeightFormat as W
-from tvmmoe.testing import Case, make_case, rel_l2
+from tvmmoe.testing import Case, make_case, rel_l2, skip_unless_arch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TINY = {
@@ -111,11 +111,22 @@ def test_shapes_make_valid_calls(name):
 
 
 @pytest.mark.gpu
+@skip_unless_arch("sm90a")  # others have other kernels
 def test_stages_are_named(tiny, capsys):
-    assert bench.main("--shape tiny --tokens 1,40 --rounds 1 --stages --device cuda".split()) == 0
+    assert bench.main("--shape tiny --tokens 1,40,2100 --rounds 1 --stages --device cuda".split()) == 0
     printed = capsys.readouterr().out
-    for stage in ("prologue_bf16", "route", "scatter", "gather_bf16", "gemm1_gated", "gemm2", "finalize"):
+    for stage in ("prologue_bf16", "route", "arrange_bf16", "count", "scatter", "gather_bf16", "gemm1_gated", "gemm2", "finalize"):
         assert f"{stage} " in printed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_host_parts(device, tiny, tmp_path):
+    path = tmp_path / "result.json"
+    assert bench.main(f"--shape tiny --tokens 1 --rounds 1 --host --device {device} --save {path}".split()) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    parts = row["host_parts_us"]
+    assert list(parts) == ["call", "call with output", "validated call", "validate", "allocate", "entry"]
+    assert parts["validate"] + parts["allocate"] < parts["validated call"]
 
 
 @pytest.mark.parametrize("activation", ActivationType)

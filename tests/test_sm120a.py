@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-scaled mma.sync of sm_120a: the emulation against a scalar model of the ISA's text, kernels against references.
-
-The index functions below restate the PTX ISA formula by formula (sections "Matrix Fragments for mma.m16n8k64", "... for
-mma.m16n8k32" and "Block Scaling for mma.sync"); nothing of them comes from the package.
-"""
+"""Block-scaled mma.sync of sm_120a: the emulation against a scalar model of the ISA's text, kernels against references."""
 
 import ctypes
 import functools
@@ -13,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from isa_model import B_VALUE, FORMS, SCALE, a_index, b_index, c_index, e2m1, make_operands, pack, scalar_model, unpack
 
 from tvmmoe import abi, loader
 from tvmmoe.config import ActivationFormat as A
@@ -29,24 +25,10 @@ from tvmmoe.workspace import max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
+    from tvmmoe.kernels.nvcc import sass_of
     from tvmmoe.kernels.sm120a import build, intrinsics, operator, simulate
     from tvmmoe.kernels.sm120a.tensor_intrin import matmul_source
 
-
-class Form(NamedTuple):
-    """An instruction: columns, scales of a row in them, and what it is called in the emulation and in SASS."""
-
-    k: int
-    num_scales: int
-    model: str
-    opcode: str
-
-
-FORMS = {
-    "nvfp4": Form(64, 4, "TvmmoeNvfp4", "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"),
-    "mxfp4": Form(64, 2, "TvmmoeMxfp4", "OMMA.SF.16864.F32.E2M1.E2M1.E8"),
-    "mxfp8": Form(32, 1, "TvmmoeMxfp8", "QMMA.SF.16832.F32.E2M1.E4M3.E8"),
-}
 SELECTORS = {
     "nvfp4": [(0, 0, 0, 0), (0, 1, 0, 3)],
     "mxfp4": [(0, 0, 0, 0), (2, 0, 0, 1), (0, 1, 2, 2)],
@@ -56,109 +38,6 @@ ALL_SELECTORS = [(name, selectors) for name, several in SELECTORS.items() for se
 TILES = (8, 32, 64, 128)
 needs_tvm = pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
 on_hopper = [pytest.mark.gpu, skip_unless_arch("sm90a")]
-
-
-# ------------------------------------------------------------------------------------------------ scalar model of the ISA
-
-
-def a_index(k: int, lane: int, i: int) -> tuple[int, int]:
-    """(row, k) of element a_i of a lane; 8 elements a register for k = 64, 4 for k = 32."""
-    group, thread = lane >> 2, lane % 4
-    if k == 64:
-        row = group if 0 <= i < 8 or 16 <= i < 24 else group + 8
-        return row, thread * 8 + (i & 7) + (32 if i >= 16 else 0)
-    row = group if 0 <= i < 4 or 8 <= i < 12 else group + 8
-    return row, thread * 4 + (i & 3) + (16 if i >= 8 else 0)
-
-
-def b_index(k: int, lane: int, i: int) -> tuple[int, int]:
-    """(k, column) of element b_i of a lane."""
-    group, thread = lane >> 2, lane % 4
-    if k == 64:
-        return thread * 8 + (i & 7) + (32 if i >= 8 else 0), group
-    return thread * 4 + (i & 3) + (16 if i >= 4 else 0), group
-
-
-def c_index(lane: int, i: int) -> tuple[int, int]:
-    """(row, column) of element c_i of a lane."""
-    return (lane >> 2) + (8 if i >= 2 else 0), (lane % 4) * 2 + (i & 1)
-
-
-def e2m1(code: int) -> float:
-    return (-1.0 if code & 8 else 1.0) * (0, 0.5, 1, 1.5, 2, 3, 4, 6)[code & 7]
-
-
-def e4m3(code: int) -> float:
-    return float(torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).double())
-
-
-def ue8m0(code: int) -> float:
-    return float("nan") if code == 255 else 2.0 ** (int(code) - 127)
-
-
-B_VALUE = {"nvfp4": e2m1, "mxfp4": e2m1, "mxfp8": e4m3}
-SCALE = {"nvfp4": lambda byte: e4m3(byte & 0x7F), "mxfp4": ue8m0, "mxfp8": ue8m0}
-
-
-def make_operands(name: str, seed: int, extreme: bool = False) -> dict[str, np.ndarray]:
-    """Codes of a, b, both scales and c."""
-    form, rng = FORMS[name], np.random.default_rng(seed)
-    b = rng.integers(0, 16, (form.k, 8))
-    if name == "mxfp8":
-        b = rng.integers(0, 256, (form.k, 8))
-        b[(b & 127) == 127] = 0x7E  # NaN has its own test
-    low, high = {"nvfp4": (0, 127), "mxfp4": (120, 135), "mxfp8": (120, 135)}[name]
-    if extreme and name != "nvfp4":
-        low, high = 0, 255
-    scales = [rng.integers(low, high, (count, form.num_scales)) for count in (16, 8)]
-    c = rng.normal(size=(16, 8)).astype(np.float32)
-    return {"a": rng.integers(0, 16, (16, form.k)), "b": b, "scale_a": scales[0], "scale_b": scales[1], "c": c}
-
-
-def scalar_model(name: str, x: dict[str, np.ndarray]) -> np.ndarray:
-    """D = (A scale_A) (B scale_B) + C in float64."""
-    form = FORMS[name]
-    part = form.k // form.num_scales
-    a, b = np.vectorize(e2m1)(x["a"]), np.vectorize(B_VALUE[name])(x["b"])
-    scale_a, scale_b = (np.vectorize(SCALE[name])(x[key]).repeat(part, 1) for key in ("scale_a", "scale_b"))
-    return (a * scale_a) @ (b * scale_b.T) + x["c"]
-
-
-def pack(name: str, x: dict[str, np.ndarray], selectors, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Registers [32, 8] (a, b, scale a, scale b) and accumulators [32, 4]; what no rule names is noise."""
-    k, rng = FORMS[name].k, np.random.default_rng(seed)
-    byte_a, thread_a, byte_b, thread_b = selectors
-    width = 4 if k == 64 else 8
-    words, d = np.zeros((32, 8), np.uint32), np.zeros((32, 4), np.float32)
-    words[:, 6:] = rng.integers(0, 2**32, (32, 2))
-    for lane in range(32):
-        for first, count, index, codes in ((0, 4, a_index, x["a"]), (4, 2, b_index, x["b"])):
-            for i in range(count * 32 // width):
-                code = int(codes[index(k, lane, i)])
-                if width == 8 and first == 0:
-                    code <<= 2  # an e2m1 is in the middle of its byte
-                words[lane, first + i * width // 32] |= np.uint32(code << (i * width % 32))
-        for i in range(4):
-            d[lane, i] = x["c"][c_index(lane, i)]
-
-    def put(lane: int, register: int, byte: int, values) -> None:
-        for s, value in enumerate(values):
-            shift = 8 * (byte + s)
-            words[lane, register] = (int(words[lane, register]) & ~(0xFF << shift)) | (int(value) << shift)
-
-    for row in range(16):  # the pair of lanes that thread-id-a selects: the lower one has rows 0-7
-        put(4 * (row % 8) + 2 * thread_a + row // 8, 6, byte_a, x["scale_a"][row])
-    for column in range(8):
-        put(4 * column + thread_b, 7, byte_b, x["scale_b"][column])
-    return words, d
-
-
-def unpack(d: np.ndarray) -> np.ndarray:
-    result = np.zeros((16, 8), np.float32)
-    for lane in range(32):
-        for i in range(4):
-            result[c_index(lane, i)] = d[lane, i]
-    return result
 
 
 # --------------------------------------------------------------------------------------- the emulation, run on the host
@@ -258,7 +137,7 @@ def single_mma(name: str, byte_id: int, emulate: bool) -> str:
     from tvm.script import tirx as T
     from tvm.script.ir_builder import IRBuilder
 
-    from tvmmoe.kernels.sm90a.trace import I, cast, kernel, kernel_names, ptx, regs
+    from tvmmoe.kernels.sm90a.trace import I, cast, kernel, ptx, regs
 
     with IRBuilder() as builder, I.prim_func():
         I.func_name("mma")
@@ -276,12 +155,7 @@ def single_mma(name: str, byte_id: int, emulate: bool) -> str:
                            byte_id=byte_id, emulate=emulate)  # fmt: skip
             for i in range(4):
                 ptx["st.global.f32"](d.ptr_to([lane * 4 + i]), acc[i])
-    kernel_names()
-    return build.cuda_source({"mma": builder.get()})
-
-
-def sass_of(path: Path) -> str:
-    return subprocess.run(["cuobjdump", "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+    return build.packed_source({"mma": builder.get})
 
 
 @needs_tvm
@@ -339,7 +213,11 @@ SIMULATED = {  # tails in K and in rows, scale rows that start anywhere, every e
     "identity": dict(activation=ActivationType.Identity, intermediate_size=96),
     "experts_1_to_2": dict(local_expert_offset=1, local_num_experts=2),
     "one_expert": dict(num_tokens=37, routing="one_expert"),
-}
+    "bf16": dict(activation_format=A.bf16, hidden_size=288, intermediate_size=160),
+    "bf16_relu2": dict(activation_format=A.bf16, activation=ActivationType.Relu2, intermediate_size=96),
+    "bf16_options": dict(activation_format=A.bf16, alpha=1.7, beta=1.0, clamp_limit=7.0, has_gemm1_bias=True,
+                         has_gemm2_bias=True),
+}  # fmt: skip
 PER_TOKEN = {"per_token": dict(has_per_token_scale=True), "per_token_relu2": dict(
     has_per_token_scale=True, activation=ActivationType.Relu2)}  # fmt: skip
 SIMULATED_IDS = [(f, name) for f in FORMAT for name in (*SIMULATED, *(PER_TOKEN if f is NV else ()))]
@@ -350,14 +228,27 @@ def simulated_case(weight_format: WeightFormat, name: str) -> Case:
 
 
 @functools.cache
+def shipped(weight_format: WeightFormat) -> dict:
+    """The variants that ship, by tile height."""
+    from tvmmoe.build import CUDA_TARGETS, shipped_variants
+
+    return {variant.tile_m: variant for variant in shipped_variants(CUDA_TARGETS["sm120a"], weight_format)}
+
+
+def gemms_source(variant) -> str:
+    """CUDA C++ of what lies between permute and finalize."""
+    return build.packed_source({variant.symbol: functools.partial(operator.gemms, variant)})
+
+
+@functools.cache
 def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder: Path):
-    """The packed function of row_token, gemm1, requantize and gemm2, compiled for this CPU."""
+    """The packed function of what lies between permute and finalize, compiled for this CPU."""
     import tvm_ffi
 
-    config = operator.config(weight_format, tile_m)
-    path = folder / f"{config.symbol}_{early}.so"
-    simulate.compile_so(simulate.host_source(operator.gemms_source(config), early), path)
-    return tvm_ffi.load_module(str(path))[config.symbol]
+    variant = shipped(weight_format)[tile_m]
+    path = folder / f"{variant.symbol}_{early}.so"
+    simulate.compile_so(simulate.host_source(gemms_source(variant), early), path)
+    return tvm_ffi.load_module(str(path))[variant.symbol]
 
 
 def call_arguments(case: Case, kwargs: dict, results: dict[str, torch.Tensor]) -> tuple:
@@ -443,7 +334,7 @@ class TestSimulatedKernels:
     @pytest.mark.parametrize("weight_format", FORMAT)
     def test_other_tiles_match_reference(self, weight_format, tile_m, folder):
         sizes = dict(num_tokens=83, hidden_size=160, intermediate_size=96, num_experts=2, top_k=1)
-        for name in ("bias_clamp", "relu2"):
+        for name in ("bias_clamp", "relu2", "bf16_options", "bf16_relu2"):
             case = Case(**vars(simulated_case(weight_format, name)) | sizes)
             self.check(case, tile_m, folder, early=False)
 
@@ -468,27 +359,34 @@ class TestSimulatedKernels:
 @pytest.mark.parametrize("tile_m", TILES)
 @pytest.mark.parametrize("weight_format", FORMAT)
 def test_kernels_are_instructions_without_spills(weight_format, tile_m, tmp_path):
-    config = operator.config(weight_format, tile_m)
-    log = build.compile_so(operator.gemms_source(config), tmp_path / "moe.so", build.NATIVE)
+    variant = shipped(weight_format)[tile_m]
+    log = build.compile_so(gemms_source(variant), tmp_path / "moe.so", build.NATIVE)
     assert re.search(r"\b0 bytes spill stores", log) and not re.search(r"[1-9]\d* bytes spill", log)
     functions = {part.split()[0]: part for part in sass_of(tmp_path / "moe.so").split("Function : ")[1:]}
     for name in ("gemm1", "gemm1_gated", "gemm2"):
-        sass = functions[f"{config.symbol}_{name}"]
-        assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[config.form.name].opcode}
+        sass = functions[f"{variant.symbol}_{name}"]
+        assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[variant.gemm1.form.name].opcode}
         assert "LDSM.16.M88.4" in sass and "LDGSTS" in sass and not re.search(r"\b(LDL|STL)\b", sass)
+        sass = functions[f"{variant.symbol}_{name}_bf16"]
+        assert set(re.findall(r"\b[A-Z]*MMA\.[.\w]*", sass)) == {"HMMA.16816.F32.BF16"}
 
 
 @needs_tvm
 @pytest.mark.parametrize("weight_format", FORMAT)
-def test_emulated_kernels_compile_for_sm80(weight_format, tmp_path):
-    config = operator.config(weight_format, 8, emulate=True)
-    build.compile_so(operator.gemms_source(config), tmp_path / "moe.so", build.EMULATED)
-    assert not re.search(r"\b[HOQ]MMA", sass_of(tmp_path / "moe.so"))
+def test_emulated_kernels_compile_for_sm90(weight_format, tmp_path):
+    source = gemms_source(shipped(weight_format)[8].emulated)
+    build.compile_so(source, tmp_path / "moe.so", build.EMULATED_SM90)
+    assert not re.search(r"\b[OQ]MMA", sass_of(tmp_path / "moe.so"))
 
 
 # --------------------------------------------------------------------------------------------------- emulated on Hopper
 
 EMULATED_MMAS = [("nvfp4", 0), ("mxfp4", 0), ("mxfp4", 2), ("mxfp8", 0), ("mxfp8", 3)]
+
+
+def emulated_source(weight_format: WeightFormat) -> str:
+    """CUDA C++ of every variant that ships, the instruction emulated."""
+    return build.cuda_source([variant.emulated for variant in shipped(weight_format).values()])
 
 
 def gpu_modules() -> dict[str, Callable[[], tuple[str, str]]]:
@@ -497,10 +395,11 @@ def gpu_modules() -> dict[str, Callable[[], tuple[str, str]]]:
         f"mma_{name}_{byte}_emulated": lambda name=name, byte=byte: (single_mma(name, byte, True), build.EMULATED)
         for name, byte in EMULATED_MMAS
     }
-    configs = [operator.config(form, tile_m, emulate=True) for form in WeightFormat for tile_m in TILES]
-    return mmas | {
-        f"{c.symbol}_emulated": lambda c=c: (operator.operator_source(c), build.EMULATED_SM90) for c in configs
-    }
+    return mmas | {emulated_file(f): lambda f=f: (emulated_source(f), build.EMULATED_SM90) for f in WeightFormat}
+
+
+def emulated_file(weight_format: WeightFormat) -> str:
+    return f"moe_{weight_format.name}_sm120a_emulated"
 
 
 @functools.cache
@@ -546,32 +445,44 @@ EMULATED = {
 EMULATED_IDS = [(f, name) for f in FORMAT for name in (*EMULATED, *(PER_TOKEN if f is NV else ()))]
 
 
+def check_operator(file: str, weight_format: WeightFormat, name: str, tile_m: int, folder: Path) -> None:
+    """One variant of ``file`` on poisoned memory against the reference, twice."""
+    case = Case(**BASE | FORMAT[weight_format] | (EMULATED | PER_TOKEN)[name])
+    kwargs = make_case(case)
+    (expected,) = moe_ref(**kwargs)
+    kwargs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+    sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_local_experts, tile_m)
+    function, runs = gpu_function(file, f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}", folder), []
+    for _ in range(2):
+        workspace = torch.empty(layout.workspace_bytes(*sizes, weight_format), dtype=torch.uint8, device="cuda")
+        output = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device="cuda")
+        arguments = call_arguments(case, kwargs, {"output": poison(output)})
+        function(poison(workspace), *arguments)
+        runs.append(output.cpu())
+    assert torch.equal(*runs)
+    assert rel_l2(runs[0], expected) < case.tolerance
+
+
 @pytest.mark.parametrize("tile_m", TILES)
 @pytest.mark.parametrize("weight_format, name", EMULATED_IDS)
 class TestEmulatedOperator:
     pytestmark = on_hopper
 
     def test_emulated_operator_matches_reference(self, weight_format, name, tile_m, folder):
-        case = Case(**BASE | FORMAT[weight_format] | (EMULATED | PER_TOKEN)[name])
-        kwargs = make_case(case)
-        (expected,) = moe_ref(**kwargs)
-        kwargs = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
-        sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_local_experts, tile_m)
-        symbol, runs = f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}", []
-        function = gpu_function(f"{symbol}_emulated", symbol, folder)
-        for _ in range(2):
-            workspace = torch.empty(layout.workspace_bytes(*sizes, weight_format), dtype=torch.uint8, device="cuda")
-            output = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device="cuda")
-            arguments = call_arguments(case, kwargs, {"output": poison(output)})
-            function(poison(workspace), *arguments)
-            runs.append(output.cpu())
-        assert torch.equal(*runs)
-        assert rel_l2(runs[0], expected) < case.tolerance
+        check_operator(emulated_file(weight_format), weight_format, name, tile_m, folder)
 
 
-if (
-    __name__ == "__main__"
-):  # build what the gpu tests load, for a machine without tvm: python tests/test_sm120a.py FOLDER
+@pytest.mark.parametrize("tile_m", TILES)
+@pytest.mark.parametrize("weight_format, name", EMULATED_IDS)
+class TestShippedOperator:
+    pytestmark = [pytest.mark.gpu, skip_unless_arch("sm120a")]
+
+    def test_shipped_operator_matches_reference(self, weight_format, name, tile_m, folder):
+        check_operator(f"moe_{weight_format.name}_sm120a", weight_format, name, tile_m, folder)
+
+
+# Build what the gpu tests load, for a machine without tvm: python tests/test_sm120a.py FOLDER
+if __name__ == "__main__":
     for file_name, make in gpu_modules().items():
         cuda, gencode = make()
         build.compile_so(cuda, Path(sys.argv[1]) / f"{file_name}.so", gencode)

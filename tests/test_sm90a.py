@@ -25,6 +25,8 @@ MX, NV = WeightFormat.mxfp4, WeightFormat.nvfp4
 CASES = {
     "bf16": {},
     "one_token": dict(num_tokens=1),
+    "last_of_prologue": dict(num_tokens=16),
+    "last_of_arrange": dict(num_tokens=512, hidden_size=64, intermediate_size=64),
     "odd_scale_rows": dict(hidden_size=416, intermediate_size=352, num_experts=4),
     "gpt_oss": dict(hidden_size=2880, intermediate_size=2880, num_experts=4, alpha=1.702, beta=1.0, clamp_limit=7.0,
                     has_gemm1_bias=True, has_gemm2_bias=True),
@@ -45,6 +47,8 @@ ROUTES = {
     **{method.name: dict(routing_method=method, top_k=1 if method == Method.Llama4 else 8) for method in Method},
     "groups": dict(routing_method=Method.DeepSeekV3, top_k=8, n_group=8, topk_group=4, routed_scaling_factor=2.5,
                    routing_bias_dtype=torch.float32),
+    "groups_of_two": dict(routing_method=Method.DeepSeekV3, top_k=8, n_group=64, topk_group=5, routed_scaling_factor=2.5,
+                          routing_bias_dtype=torch.bfloat16),
 }  # fmt: skip
 on_hopper = [pytest.mark.gpu, skip_unless_arch("sm90a")]
 
@@ -70,7 +74,8 @@ def test_manifest_ranges_touch_and_end_in_a_catch_all():
     from tvmmoe.kernels.sm90a.build import variants
     for weight_format in WeightFormat:
         symbols = {variant.tile_m: variant.symbol for variant in variants(weight_format)}
-        rows = build.selection_rows("sm90a", weight_format, build.recorded_limits("sm90a", TILES), symbols, "file")
+        limits = build.recorded_limits("sm90a", TILES)
+        rows = build.selection_rows("sm90a", weight_format, ["bf16"], limits, symbols, "file")
         assert tuple(row["tile_m"] for row in rows) == TILES
         limits = [(row["min_rows_per_expert"], row["max_rows_per_expert"]) for row in rows]
         assert limits[0][0] == 0 and limits[-1][1] is None
@@ -168,10 +173,12 @@ class TestVariants:
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("num_tokens", [9, 65], ids=["prologue", "route"])
 @pytest.mark.parametrize("name", ROUTES)
 class TestRoutes:
     pytestmark = on_hopper
 
-    def test_route_matches_reference(self, name, logits_dtype):
-        sizes = dict(num_tokens=65, hidden_size=64, intermediate_size=64, num_experts=128, logits_dtype=logits_dtype)
-        check(Case(**vars(BASE) | sizes | ROUTES[name]), 8, do_finalize=False)
+    def test_route_matches_reference(self, name, num_tokens, logits_dtype):
+        sizes = dict(num_tokens=num_tokens, hidden_size=64, intermediate_size=64, num_experts=128)
+        case = Case(**vars(BASE) | sizes | dict(logits_dtype=logits_dtype) | ROUTES[name])
+        check(case, 8, do_finalize=False)

@@ -124,7 +124,7 @@ def test_tensors_of_another_device_than_the_current():
 
 
 def test_gpu_without_artifact_names_itself_and_the_command(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # older than anything compiled
     problem = torch_op.validate(**{**DEFAULTS, **make_case(num_tokens=2)})
-    with pytest.raises(tvmmoe.UnsupportedError, match=r"sm75a; shipped: .*sm90a.*--target sm75a"):
+    with pytest.raises(tvmmoe.UnsupportedError, match=r"for sm75, expected sm80 or newer; shipped: .*sm90a"):
         torch_op.selected_entry(dataclasses.replace(problem, device=torch.device("cuda:7")))

@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning: spaces, the search with real measurements on the CPU, the worker that survives its candidates, records."""
 
+import ctypes
 import itertools
+import json
 import math
+import os
+import re
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +24,19 @@ import torch
 tvm = pytest.importorskip("tvm")
 pytest.importorskip("xgboost")
 
+import tvm_ffi  # noqa: E402
 from tvm.s_tir import Schedule  # noqa: E402
 
 import tvmmoe  # noqa: E402
-from tvmmoe import tune  # noqa: E402
+from tvmmoe import abi, torch_op, tune  # noqa: E402
 from tvmmoe.config import WeightFormat  # noqa: E402
-from tvmmoe.tuning import cpu, records, sm90a  # noqa: E402
+from tvmmoe.kernels.sm90a.layout import slices  # noqa: E402
+from tvmmoe.testing import skip_unless_arch  # noqa: E402
+from tvmmoe.tuning import compiled, cpu, cuda, records, report, sm90a  # noqa: E402
 from tvmmoe.tuning.search import Mutate, Run  # noqa: E402
-from tvmmoe.tuning.tasks import Task, decisions, key_of  # noqa: E402
+from tvmmoe.tuning.tasks import Task, decisions, key_of, traced_decisions  # noqa: E402
 from tvmmoe.tuning.worker import Worker  # noqa: E402
+from tvmmoe.workspace import max_num_tiles  # noqa: E402
 
 CPU_TASK = Task(cpu.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 1, 4)
 HOPPER_TASK = Task(sm90a.TARGET, "gemm1", "nvfp4", "gpt-oss-120b", 64)
@@ -43,10 +58,11 @@ class Clock:
         pass
 
 
-def run_of(tmp_path, worker, task=CPU_TASK, **options):
+def run_of(tmp_path, worker, task=CPU_TASK, target=cpu, **options):
     folder = tmp_path / "compiled"
     folder.mkdir(exist_ok=True)
-    return Run(task, cpu, records.folder_of(cpu.TARGET, task.stage, tmp_path), folder, worker, **options)
+    database = records.Database(records.folder_of(target.TARGET, task.stage, tmp_path))
+    return Run(task, target, database, folder, worker, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------ spaces
@@ -62,17 +78,13 @@ def test_workload_has_the_sizes_of_the_task(stage):
     assert Task.of_label(task.target, stage, task.label) == task
 
 
-def hopper_configs(task):
-    every = (dict(zip(sm90a.KNOBS, v, strict=True)) for v in itertools.product(*sm90a.KNOBS.values()))
-    return [config for config in every if sm90a.is_legal(task, config)]
-
-
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024, 8192])
 @pytest.mark.parametrize("stage", ["gemm1", "gemm2"])
 def test_hopper_space_holds_the_default_and_has_finite_features(stage, num_tokens):
     task = Task(sm90a.TARGET, stage, "mxfp4", "Qwen3-235B-A22B", num_tokens)
-    configs = hopper_configs(task)
-    assert sm90a.default(task) in configs and len(configs) >= 8
+    configs = sm90a.configs(task)
+    assert sm90a.default(task) in sm90a.seeds(task) and len(configs) >= 8
+    assert all(config in configs for config in sm90a.seeds(task))
     features = [sm90a.features(task, config) for config in configs]
     assert len({len(row) for row in features}) == 1 and all(math.isfinite(x) for row in features for x in row)
     assert len(set(map(tuple, features))) == len(configs), "candidates that the cost model cannot tell apart"
@@ -92,12 +104,12 @@ def test_illegal_hopper_configs_are_refused():
 
 @pytest.mark.parametrize("target, task", [(cpu, CPU_TASK), (sm90a, HOPPER_TASK)], ids=["cpu", "sm90a"])
 def test_traces_survive_the_database_and_mutation(target, task, tmp_path):
-    run = Run(task, target, tmp_path / "records", tmp_path, Clock())
+    run = run_of(tmp_path, Clock(), task, target)
     sch = Schedule(run.mod)
     target.space(task, sch)
-    run.record(sch.trace, [1e-3])
-    loaded = Run(task, target, tmp_path / "records", tmp_path, Clock())
-    assert loaded.us == {key_of(decisions(sch)): pytest.approx(1e3)}
+    assert traced_decisions(sch.trace) == decisions(sch)
+    run.record(decisions(sch), 1e3)
+    assert run_of(tmp_path, Clock(), task, target).us == {key_of(decisions(sch)): pytest.approx(1e3)}
     mutate, seen = Mutate(0), {key_of(decisions(sch))}
     trace = sch.trace
     for _ in range(30):
@@ -151,14 +163,17 @@ def test_wrong_results_are_not_recorded(tmp_path):
     assert any("relative L2" in error for _, error in run.errors)
 
 
-def test_changed_definition_is_reported_by_name(tmp_path, monkeypatch):
+def test_changed_definition_is_reported_by_name(tmp_path, monkeypatch, capsys):
     run = run_of(tmp_path, Clock())
     run.search(2)
     original = Task.workload
     changed = Task("x86-64-v3", "gemm2", "nvfp4", "Qwen3-30B-A3B", 1, 4)
     monkeypatch.setattr(Task, "workload", lambda self: original(changed))
+    records._load.cache_clear()
     measurements, stale = records.load(cpu.TARGET, "gemm2", tmp_path)
     assert not measurements and stale == ["x86-64-v3/gemm2/Qwen3-30B-A3B_mxfp4_t1_m4"]
+    assert tune.main(["--target", "cpu", "--report", "--out", str(tmp_path)]) == 0
+    assert f"stale, the definition has changed: {stale[0]}" in capsys.readouterr().out
 
 
 def test_time_limit_keeps_what_there_is(tmp_path):
@@ -209,6 +224,185 @@ def test_worker_survives_its_candidates(tmp_path, monkeypatch):
         worker.stop()
 
 
+
+# ------------------------------------------------------------------------------------------- measuring on CUDA, faked
+
+
+def stand_in(stage, offset=0.0, extra=False):
+    """A kernel in Python: writes bf16 numbers to z and gemm2_output through their addresses, as the operator would."""
+
+    def function(workspace, *arguments):
+        task, tile_m = HOPPER_SMALL, 8
+        case = task.case
+        pairs = case.num_tokens * case.top_k
+        sizes = (case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_experts, tile_m)
+        piece = slices(*sizes)[0]["z"]
+        z = workspace[piece.offset : piece.offset + piece.num_bytes].view(torch.bfloat16)
+        address = arguments[abi.POINTERS.index("gemm2_output")]
+        count = tile_m * max_num_tiles(pairs, case.num_experts, tile_m) * case.hidden_size
+        y = torch.frombuffer((ctypes.c_uint16 * count).from_address(address), dtype=torch.bfloat16)
+        for name, tensor in (("gemm1", z), ("gemm2", y)):
+            if stage in (name, "both"):
+                live = len(tensor) // 2 + extra
+                tensor[:live] = torch.arange(live) % 7 + 1 + offset
+
+    return function
+
+
+HOPPER_SMALL = Task(sm90a.TARGET, "gemm1", "mxfp4", "small", 4)
+
+
+@pytest.fixture
+def hopper_bench(monkeypatch):
+    """A Bench of each stage without a GPU: the shipped operator and the candidates are stand-ins."""
+    small = {"small": {"hidden_size": 64, "intermediate_size": 64, "num_experts": 8, "top_k": 2}}
+    small["small"]["routing_method"] = "Renormalize"
+    plan = SimpleNamespace(workspace_bytes=1 << 16, ints=(0,) * len(abi.INTS), function=stand_in("both"))
+    monkeypatch.setattr("tvmmoe.shapes.shapes", lambda: small)
+    monkeypatch.setattr(torch_op, "plan", lambda problem, entry: plan)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "LAYER_TOKENS", 16)
+    monkeypatch.setattr(cuda, "_l2_bytes", lambda: 10_000)
+    monkeypatch.setattr(cuda, "_is_memory_short", lambda: False)
+    monkeypatch.setattr(cuda, "_graph_us", lambda launch: (launch(), 60.0)[1])
+    functions = {}
+    monkeypatch.setattr(cuda, "_function", lambda artifact, name: functions[name.split("_")[0]])
+    cuda.State.clear()
+    yield functions
+    cuda.State.clear()
+
+
+def test_hopper_bench_times_right_candidates_and_keeps_its_inputs(hopper_bench):
+    config = sm90a.default_of_tile(8)
+    layers = []
+    for stage in ("gemm1", "gemm2", "gemm1"):
+        measured = sm90a.Bench(replace(HOPPER_SMALL, stage=stage))
+        hopper_bench[stage] = stand_in(stage)
+        calls = measured.inputs.of_tile(8).calls
+        assert 2 <= len(calls) <= 16 and measured.measure("", config) == 60.0 / len(calls)
+        layers.append(measured.inputs)
+    assert layers[0] is layers[1] is layers[2]
+    assert sm90a.Bench(replace(HOPPER_SMALL, num_tokens=2)).inputs.calls[0]["gemm1_weights"] is (
+        layers[0].calls[0]["gemm1_weights"]
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (stand_in("gemm1", offset=0.1), "relative L2 error"),
+        (stand_in("gemm1", extra=True), "other rows"),
+        (stand_in("neither"), "other rows"),
+    ],
+)
+def test_hopper_bench_refuses_wrong_candidates(kernel, message, hopper_bench):
+    measured = sm90a.Bench(HOPPER_SMALL)
+    hopper_bench["gemm1"] = kernel
+    with pytest.raises(AssertionError, match=message):
+        measured.measure("", sm90a.default_of_tile(8))
+    hopper_bench["gemm1"] = stand_in("gemm1")
+    assert measured.measure("", sm90a.default_of_tile(8)) > 0  # on fresh inputs
+
+
+def test_hopper_bench_refuses_a_candidate_whose_runs_differ(hopper_bench):
+    runs = itertools.count()
+
+    def racy(*arguments):
+        stand_in("gemm1", offset=0.0625 if next(runs) else 0.0)(*arguments)
+
+    hopper_bench["gemm1"] = racy
+    with pytest.raises(AssertionError, match="two runs differ"):
+        sm90a.Bench(HOPPER_SMALL).measure("", sm90a.default_of_tile(8))
+
+
+# ---------------------------------------------------------------------------------------------------- compile cache
+
+
+def compile_text(candidates, library):
+    """Stands in for nvcc: 3 does not compile."""
+    if 3 in candidates:
+        raise RuntimeError("nvcc failed: 3")
+    Path(library).write_text(" ".join(map(str, candidates)))
+
+
+def test_compiled_candidates_are_found_again_and_stale_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    candidates = {f"kernel_{i}": i for i in range(6)}
+    counts = []
+    first = compiled.Folder(tmp_path, "a").compile(candidates, compile_text, 1, counts.append)
+    assert sum(counts) == 6 and [symbol for symbol, (_, error) in first.items() if error] == ["kernel_3"]
+    assert "nvcc failed: 3" in first["kernel_3"][1] and Path(first["kernel_4"][0]).read_text() == "4"
+
+    def must_not(*_):
+        raise AssertionError("compiled again")
+
+    assert compiled.Folder(tmp_path, "a").compile(candidates, must_not, 1) == first
+    other = compiled.Folder(tmp_path, "b")
+    assert not other.known and other.remove_stale() > 0 and not list(tmp_path.glob("*.so"))
+
+
+def test_command_compiles_ahead(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiled, "_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(cuda, "compile_unit", lambda module, key, path: (seen.extend(key), Path(path).write_text("so")))
+    options = ["--target", "sm90a", "--tokens", "1,16", "--weights", "mxfp4,nvfp4", "--compile-only", "--jobs", "2"]
+    assert tune.main([*options, "--cache", str(tmp_path / "c")]) == 0
+    tasks = [Task(sm90a.TARGET, "gemm1", w, "Qwen3-30B-A3B", t) for w in ("mxfp4", "nvfp4") for t in (1, 16)]
+    expected = {sm90a.symbol("gemm1", sm90a.gemm_config(t, c)) for t in tasks for c in sm90a.configs(t)}
+    assert {sm90a.symbol(*key) for key in seen if key[0] == "gemm1"} == expected
+    assert "0 failed" in capsys.readouterr().out
+    again = len(seen)
+    assert tune.main([*options, "--cache", str(tmp_path / "c")]) == 0 and len(seen) == again
+    assert tune.main(["--target", "cpu", "--compile-only", "--cache", str(tmp_path)]) == 1
+    assert "expected a CUDA target" in capsys.readouterr().err
+
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_tuning_farm_on_localhost(tmp_path, capsys):
+    port, processes = free_port(), []
+
+    def start(*command):
+        processes.append(subprocess.Popen([sys.executable, "-m", *command], start_new_session=True))
+
+    try:
+        start("tvm.exec.rpc_tracker", "--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1))
+        server = ("--host", "127.0.0.1", "--port", str(free_port()))
+        start("tvmmoe.tuning.rpc", "--tracker", f"127.0.0.1:{port}", "--key", "here", *server)
+        wait_until(lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None)
+        options = ["--target", "cpu", "--rpc", f"127.0.0.1:{port}:here", "--tokens", "1", "--stage", "gemm2"]
+        assert tune.main([*options, "--trials", "2", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1: 2 measured, 0 known, 0 failed" in capsys.readouterr().out
+    assert len(records.load(cpu.TARGET, "gemm2", tmp_path)[0]) == 2
+    assert json.loads((tmp_path / cpu.TARGET / "device.json").read_text())["name"] == cpu.device_name()
+
+
+def wait_until(is_ready, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if is_ready():
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("address, message", [("host:key", "expected host:port:key"), ("127.0.0.1:1:k", "no tracker")])
+def test_wrong_rpc_address_is_one_line(address, message, tmp_path, capsys):
+    assert tune.main(["--target", "cpu", "--rpc", address, "--out", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1
+
 # ----------------------------------------------------------------------------------------------------------- records
 
 
@@ -221,6 +415,28 @@ def test_records_of_another_device_are_refused(tmp_path):
         records.claim_device("sm90a", "NVIDIA H200", tmp_path)
 
 
+def committed():
+    return [(target, stage) for target in (cpu, sm90a) for stage in records.stages_of(target.TARGET)]
+
+
+@pytest.mark.parametrize("target, stage", [pytest.param(*p, id=f"{p[0].TARGET}-{p[1]}") for p in committed()])
+def test_committed_records_hold_for_todays_definitions(target, stage):
+    """Record -> decisions -> TIR: the stored hash is that of today's definition, and every trace applies to it."""
+    folder = records.folder_of(target.TARGET, stage)
+    hashes = {json.loads(line)[0] for line in (folder / "database_workload.json").read_text().splitlines()}
+    database = records.Database(folder)
+    assert records.load(target.TARGET, stage)[1] == [] and database.by_label
+    for label, known in database.by_label.items():
+        task = Task.of_label(target.TARGET, stage, label)
+        mod = task.workload()
+        assert str(tvm_ffi.structural_hash(mod) % 2**64) in hashes, label
+        for record in known:
+            sch = Schedule(mod)
+            record.trace.apply_to_schedule(sch, remove_postproc=True)
+            config = decisions(sch)
+            assert config == traced_decisions(record.trace) and target.is_legal(task, config), (label, config)
+
+
 def test_choice_needs_a_gain_over_many_tasks():
     tasks = [Task(cpu.TARGET, "gemm1", "mxfp4", "Qwen3-30B-A3B", n, 4) for n in (1, 2, 4, 8)]
     default, other, lucky = (dict(panel_n=n, micro_m=4, micro_n=1) for n in (8, 16, 32))
@@ -229,17 +445,31 @@ def test_choice_needs_a_gain_over_many_tasks():
     assert records.choose([*times, records.Measurement(tasks[0], lucky, 10.0)], default) == default  # one task of four
     slightly = [records.Measurement(task, other, 99.5) for task in tasks]
     assert records.choose(times + slightly, default) == default
-    clearly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 110, 80), strict=True)]
+    mostly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 110, 80), strict=True)]
+    assert records.choose(times + mostly, default) == default  # slower than by hand in one task
+    clearly = [records.Measurement(task, other, us) for task, us in zip(tasks, (80, 80, 100.5, 80), strict=True)]
     assert records.choose(times + clearly, default) == other
+
+
+def test_tile_heights_that_are_not_selected_have_no_say():
+    tasks = [Task(sm90a.TARGET, "gemm1", "mxfp4", "Qwen3-235B-A22B", n) for n in (256, 1024)]
+    default, taller = sm90a.default_of_tile(32), sm90a.default_of_tile(64)
+    other = default | dict(k_blocks=4)
+    times = [records.Measurement(tasks[0], default, 100.0), records.Measurement(tasks[0], other, 105.0)]
+    times += [records.Measurement(tasks[1], default, 200.0), records.Measurement(tasks[1], other, 150.0)]
+    assert set(records.relevant(times, default)) == set(tasks)
+    times += [records.Measurement(tasks[1], taller, 130.0)]
+    assert set(records.relevant(times, default)) == {tasks[0]}
+    assert records.choose(times, default) == default
 
 
 def test_recorded_choice_becomes_the_configuration(tmp_path):
     better = sm90a.default_of_tile(64) | dict(k_blocks=2)
     for num_tokens in (512, 1024):
         task = Task(sm90a.TARGET, "gemm2", "mxfp4", "gpt-oss-120b", num_tokens)
-        run = Run(task, sm90a, records.folder_of(sm90a.TARGET, "gemm2", tmp_path), tmp_path, Clock())
+        run = run_of(tmp_path, Clock(), task, sm90a)
         for config, us in ((sm90a.default_of_tile(64), 100.0), (better, 90.0)):
-            run.record(run.trace_of(config), [us * 1e-6])
+            run.record(config, us)
     chosen = sm90a.chosen("mxfp4", tmp_path)
     assert chosen[64]["gemm2"].k_blocks == 2 and chosen[64]["gemm1"].k_blocks == sm90a.TILES[64][3]
     assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]
@@ -285,12 +515,44 @@ def test_command_prints_what_it_found(tmp_path, capsys, monkeypatch):
     options = ["--target", "cpu", "--tokens", "1", "--stage", "gemm2", "--out", str(tmp_path)]
     assert tune.main([*options, "--trials", "2"]) == 0
     out = capsys.readouterr().out
-    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m4: 2 measured, 0 known, 0 failed" in out and "hand-chosen" in out
+    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1: 2 measured, 0 known, 0 failed" in out and "hand-chosen" in out
     assert tune.main([*options, "--report"]) == 0
-    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m4" in capsys.readouterr().out
+    assert "gemm2 Qwen3-30B-A3B_mxfp4_t1_m1" in capsys.readouterr().out
+
+
+def test_report_of_an_exhaustive_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "Worker", lambda *_: Clock())
+    monkeypatch.setattr(cpu, "build", lambda task, candidates, folder: [("library", "")] * len(candidates))
+    options = ["--target", "cpu", "--tokens", "32", "--stage", "gemm2", "--out", str(tmp_path)]
+    assert tune.main([*options, "--exhaustive"]) == 0
+    tasks = cpu.tasks("gemm2", "mxfp4", "Qwen3-30B-A3B", 32)
+    assert len(records.load(cpu.TARGET, "gemm2", tmp_path)[0]) == sum(len(cpu.configs(task)) for task in tasks)
+    capsys.readouterr()
+    assert tune.main([*options, "--report", "--plot", str(tmp_path / "curves.png")]) == 0
+    out = capsys.readouterr().out
+    distance = re.search(r"search over the best known, 106\.0 us: [\d.]+ % after 16", out)
+    assert distance and (tmp_path / "curves.png").stat().st_size > 5000
+    assert "gemm2 mxfp4 m1: micro_m=1 micro_n=1 panel_n=16; 1 tasks, times over the hand-chosen: mean 0.9" in out
+    assert report.in_order(tmp_path / cpu.TARGET / "gemm2")[tasks[0].label][0] == pytest.approx(116.0)  # hand-chosen
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_ctrl_c_keeps_the_records(calls, tmp_path, capsys, monkeypatch):
+    class Interrupted(Clock):
+        def measure(self, *request):
+            if self.num_starts == calls:  # 1: among the hand-chosen, 3: under MetaSchedule's search
+                signal.raise_signal(signal.SIGINT)
+            return super().measure(*request)
+
+    monkeypatch.setattr(tune, "Worker", lambda *_: Interrupted())
+    options = ["--target", "cpu", "--tokens", "1", "--stage", "gemm2", "--trials", "8", "--out", str(tmp_path)]
+    assert tune.main(options) == 130
+    assert "stopped; what was measured is recorded" in capsys.readouterr().err
+    assert len(records.load(cpu.TARGET, "gemm2", tmp_path)[0]) == calls
 
 
 @pytest.mark.gpu
+@skip_unless_arch("sm90a")
 def test_hopper_task_on_the_gpu(tmp_path, capsys):
     options = ["--target", "sm90a", "--shape", "Qwen3-30B-A3B", "--tokens", "16", "--stage", "gemm2", "--trials", "4"]
     assert tune.main([*options, "--out", str(tmp_path)]) == 0

@@ -3,7 +3,15 @@
 
 from tvmmoe import layouts, numerics, reference
 from tvmmoe.config import ActivationType, RoutingMethodType
-from tvmmoe.errors import ArgumentError, ArtifactError, DtypeError, ShapeError, TvmMoeError, UnsupportedError
+from tvmmoe.errors import (
+    ArgumentError,
+    ArtifactError,
+    DtypeError,
+    ShapeError,
+    TvmMoeError,
+    UnsupportedError,
+    UnverifiedWarning,
+)
 from tvmmoe.op import trtllm_fp4_block_scale_moe, workspace_bytes
 
 __version__ = "0.1.0"
@@ -16,6 +24,7 @@ __all__ = [
     "ShapeError",
     "TvmMoeError",
     "UnsupportedError",
+    "UnverifiedWarning",
     "layouts",
     "numerics",
     "reference",

@@ -8,6 +8,7 @@ plain one, and the units of biases, beta and clamp_limit.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ _HIDDEN_STATES = (
     "bfloat16 [num_tokens, hidden_size], float8_e4m3fn [num_tokens, hidden_size] (mxfp8) "
     "or uint8 [num_tokens, hidden_size/2] (nvfp4, packed e2m1)"
 )
-_PER_CALL = ("hidden_states", "hidden_states_scale", "routing_logits", "per_token_scale")
+# What comes anew with every call, and is read while results are written.
+PER_CALL = ("hidden_states", "hidden_states_scale", "routing_logits", "per_token_scale")
 _METHODS = {int(method): method for method in RoutingMethodType}
 _ACTIVATIONS = {int(activation): activation for activation in ActivationType} | {9: ActivationType.Identity}
 _problem = functools.lru_cache(maxsize=4096)(Problem)
@@ -192,7 +194,7 @@ def validate(
     if is_real and (output is not None or routing_replay_out is not None):
         per_call = (hidden_states, hidden_states_scale, routing_logits, per_token_scale)
         _check_overlap(output, routing_replay_out, per_call)
-    if is_real and device.type in _ALIGNED_DEVICES:
+    if is_real and is_alignment_checked(device):
         _check_alignment(hidden_states, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale, output)
     make = _problem if is_real else Problem  # sizes of fake tensors may be symbols, which have no hash
     return make(
@@ -201,6 +203,14 @@ def validate(
         1.0 if routed_scaling_factor is None else float(routed_scaling_factor), norm_topk_prob, do_finalize,
         enable_pdl is not False, per_token_scale is not None, device,
     )  # fmt: skip
+
+
+NAMES = tuple(inspect.signature(validate).parameters)
+
+
+def is_alignment_checked(device: torch.device) -> bool:
+    """Whether kernels of this device need the addresses of ``refusals.ALIGNMENT``."""
+    return device.type in _ALIGNED_DEVICES
 
 
 def _check_options(
@@ -409,7 +419,7 @@ def _check_overlap(output: Any, replay: Any, per_call: tuple[Any, ...]) -> None:
     """What is written, against each other and against the tensors that come anew with every call."""
     if output is not None and replay is not None and _overlap(output, replay):
         refusals.refuse_overlap("routing_replay_out", "output")
-    for name, tensor in zip(_PER_CALL, per_call, strict=True):
+    for name, tensor in zip(PER_CALL, per_call, strict=True):
         if tensor is None:
             continue
         if output is not None and _overlap(output, tensor):

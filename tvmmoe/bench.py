@@ -8,7 +8,7 @@ rounds counts. The result is checked against the float32 reference first. On CUD
     floor   max(those bytes / measured copy bandwidth, FLOPs / measured bf16 matmul rate); share = floor / us
     cold    share of those bytes that were not touched within the last L2 size of traffic (CUDA)
     extra   peak memory of one call beyond its inputs and outputs
-    host    time of an eager call until it returns, its kernels still running (CUDA)
+    host    time of an eager call until it returns, its kernels still running (CUDA); --host measures its parts
 """
 
 import argparse
@@ -37,6 +37,7 @@ from tvmmoe.testing import Case, make_case, rel_l2
 
 NUM_ROUTINGS = 8
 ROUNDS = 7
+REST_S = 0.3  # before a cell is timed: 100 ms of load may take a card to its power limit
 CHECKED_TOKENS = 64
 MODES = {"-".join(mode): mode for mode in [("bf16", "mxfp4"), ("bf16", "nvfp4"), ("mxfp8", "mxfp4"), ("nvfp4", "nvfp4")]}
 PER_TOKEN = ("routing_logits", "hidden_states", "hidden_states_scale", "per_token_scale")
@@ -72,6 +73,7 @@ class Row:
     public_us: float | None = None
     dequantize_matmul_us: float | None = None
     stages_us: dict[str, float] | None = None
+    host_parts_us: dict[str, float] | None = None
 
 
 # --------------------------------------------------------------------------------------------------------- machine
@@ -245,17 +247,46 @@ def _status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def host_us(kwargs: dict[str, Any], num_calls: int = 50) -> float:
-    """Mean time that the caller of an eager call waits for it to return; the launch queue must not fill up."""
+def host_us(call: Callable[[], Any], device: torch.device, num_calls: int = 50) -> float:
+    """Time that the caller of ``call`` waits for it to return: median over rounds of calls without synchronisation.
+
+    The launch queue must not fill up in a round.
+    """
     times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
+    for _ in range(2 * ROUNDS):
+        synchronize(device)
         begin = time.perf_counter()
         for _ in range(num_calls):
-            tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+            call()
         times.append((time.perf_counter() - begin) / num_calls * 1e6)
-    torch.cuda.synchronize()
-    return min(times)
+    synchronize(device)
+    return statistics.median(times)
+
+
+def host_parts(kwargs: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Host time of an eager call in its forms and of the parts that a validated one consists of.
+
+    On the CPU the calls and the entry compute before they return.
+    """
+    call = torch_op.with_defaults(**kwargs)
+    problem = validate(**call)
+    plan = torch_op.selected_plan(problem)
+
+    def allocate() -> tuple[torch.Tensor, torch.Tensor]:
+        (output,) = torch_op.new_results(problem, plan.entry.tile_m, False)
+        return output, torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+
+    output, workspace = allocate()
+    arguments = torch_op.entry_arguments(plan, problem, call, {"output": output})
+    parts = {
+        "call": lambda: tvmmoe.trtllm_fp4_block_scale_moe(**kwargs),
+        "call with output": lambda: tvmmoe.trtllm_fp4_block_scale_moe(**kwargs, output=output),
+        "validated call": lambda: torch_op.launch(validate(**call), call),
+        "validate": lambda: validate(**call),
+        "allocate": allocate,
+        "entry": lambda: plan.function(workspace, *arguments),
+    }
+    return {name: host_us(part, device) for name, part in parts.items()}
 
 
 def stage_times(kwargs: dict[str, Any], logits: list[torch.Tensor]) -> dict[str, float]:
@@ -288,7 +319,10 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     kwargs["routing_logits"] = logits[0]
     extra = extra_bytes(kwargs, device)
     error = check(case, kwargs)
-    us = median_us(rotating(case, kwargs, logits), device, options.rounds) / NUM_ROUTINGS
+    round_ = rotating(case, kwargs, logits)
+    synchronize(device)
+    time.sleep(REST_S)
+    us = median_us(round_, device, options.rounds) / NUM_ROUTINGS
     expert_bytes = weight_bytes_per_expert(case)
     num_bytes = expert_bytes * statistics.mean(len(experts) for experts in active)
     flops = 2.0 * pairs * weights_per_expert(case)
@@ -308,10 +342,11 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
         cold=cold_share(active, expert_bytes, machine.l2_bytes),
         extra_mib=extra / 2**20,
         rel_l2=error,
-        host_us=host_us(kwargs) if device.type == "cuda" else None,
+        host_us=host_us(lambda: tvmmoe.trtllm_fp4_block_scale_moe(**kwargs), device) if device.type == "cuda" else None,
         public_us=public.get(str(case.num_tokens)),
         dequantize_matmul_us=median_us(lambda: dequantize_matmul(**kwargs), device, 3) if options.baseline else None,
         stages_us=stage_times(kwargs, logits) if options.stages else None,
+        host_parts_us=host_parts(kwargs, device) if options.host else None,
     )
 
 
@@ -337,8 +372,9 @@ def line(row: Row) -> str:
         text += f"  best public {row.public_us:.0f} us ({row.public_us / row.us:.2f}x)"
     if row.dequantize_matmul_us:
         text += f"  dequantise + matmul {row.dequantize_matmul_us:.0f} us ({row.dequantize_matmul_us / row.us:.1f}x)"
-    if row.stages_us:
-        text += "\n" + " " * 22 + "  ".join(f"{name} {us:.1f}" for name, us in row.stages_us.items())
+    for title, parts in (("", row.stages_us), ("host: ", row.host_parts_us)):
+        if parts:
+            text += "\n" + " " * 22 + title + "  ".join(f"{name} {us:.1f}" for name, us in parts.items())
     return text
 
 
@@ -373,6 +409,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--stages", action="store_true", help="per-kernel times (CUDA)")
+    parser.add_argument("--host", action="store_true", help="host time of an eager call and of its parts")
     parser.add_argument("--baseline", action="store_true", help="time dequantise + torch matmul too")
     parser.add_argument("--save", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")

@@ -1,28 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build artifacts and their manifest entries: ``python -m tvmmoe.build --target cpu|sm90a``. Needs the extra ``tune``."""
+"""Build artifacts and their manifest entries: ``python -m tvmmoe.build --target cpu|sm90a|...``. Needs the extra ``tune``."""
 
 import argparse
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tvm
+import tvm_ffi
 
+from tvmmoe import loader, relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.crossovers import recorded_limits
+from tvmmoe.crossovers import path_of, recorded_limits
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
-from tvmmoe.loader import artifacts_dir
+from tvmmoe.select import VERIFIED
 
 CPU_CROSSOVERS = "x86-64-v3"  # whose measured limits both levels take
-TARGETS = ("cpu", "sm90a")
-BF16_OPERAND_MODES = ("bf16-mxfp4", "bf16-nvfp4", "nvfp4-nvfp4")
-FP8_MIN_ROWS = {64: 27.713, 128: 55.426, 192: 110.851}  # rows an expert: the limits of the bf16 tiles beside them
+HOST_SOURCE = Path(cpu.__file__).with_name("relaunch.cc")
+_QUANTIZED = {WeightFormat.mxfp4: ActivationFormat.mxfp8, WeightFormat.nvfp4: ActivationFormat.nvfp4}
+
+
+@dataclass(frozen=True, eq=False)
+class CudaTarget:
+    """A target that nvcc compiles: one file a weight format, with a variant for each tile height.
+
+    Its package ``tvmmoe.kernels.<name>`` has ``build`` (variants, file_name, cuda_source, compile_so) and ``layout``
+    (workspace_bytes); ``tvmmoe.tuning.<name>``, where it exists, has ``chosen``.
+    """
+
+    name: str
+    gencodes: tuple[str, ...]  # of nvcc; the GPUs that they serve are in select.CUDA_TARGETS
+    # Tile height -> rows per expert from which it serves, where schedules/<name>/crossovers.json has not been measured.
+    default_limits: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def build(self) -> ModuleType:
+        return importlib.import_module(f"tvmmoe.kernels.{self.name}.build")
+
+    def activation_formats(self, weight_format: WeightFormat) -> list[str]:
+        """Names of what the kernels read."""
+        return [form.name for form in (ActivationFormat.bf16, _QUANTIZED[weight_format])]
+
+
+def gencode(chip: str) -> str:
+    """nvcc's option for the machine code of one chip, like 90a."""
+    return f"arch=compute_{chip},code=sm_{chip}"
+
+
+# Default limits: a tile serves until the mean load and two deviations of random routing (sqrt of the mean) exceed it, since
+# an expert's second tile reads its weights again and compute is not the limit there.
+CUDA_TARGETS = {
+    target.name: target
+    for target in (
+        CudaTarget("sm90a", (gencode("90a"),)),
+        CudaTarget("sm100a", (gencode("100a"), gencode("103a")), default_limits={8: 0.0, 32: 4.0, 128: 22.0, 256: 107.0}),
+        CudaTarget("sm120a", (gencode("120a"), gencode("121a")), default_limits={8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
+        CudaTarget("sm80", ("arch=compute_80,code=[compute_80,sm_80]",),
+                   default_limits={8: 0.0, 16: 4.0, 32: 10.0, 64: 22.0, 128: 50.0}),
+    )
+}
+TARGETS = ("cpu", "host", *CUDA_TARGETS)
 
 
 def _version_of(command: str, line: int) -> str:
@@ -46,17 +93,15 @@ def file_record(path: Path, target: str, tir_sha256: str, compiler: str, verifie
 def selection_rows(
     target: str,
     weight_format: WeightFormat,
-    min_rows_per_expert: dict[int, float],
+    activation_formats: list[str],
+    min_rows_per_expert: Mapping[int, float],
     symbols: dict[int, str],
     file: str,
-    activation_formats: Sequence[ActivationFormat] | None = None,
 ) -> list[dict[str, Any]]:
     """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all.
 
     A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
     """
-    quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
-    formats = activation_formats or (ActivationFormat.bf16, quantized)
     used = sorted(tile_m for tile_m in symbols if tile_m in min_rows_per_expert)
     limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
     ranges = dict(zip(used, zip(limits, limits[1:], strict=False), strict=True))
@@ -64,7 +109,7 @@ def selection_rows(
         {
             "target": target,
             "weight_format": weight_format.name,
-            "activation_formats": [form.name for form in formats],
+            "activation_formats": activation_formats,
             "tile_m": tile_m,
             "min_rows_per_expert": ranges.get(tile_m, (0, 0))[0],
             "max_rows_per_expert": ranges.get(tile_m, (0, 0))[1],
@@ -101,60 +146,66 @@ def cpu_entries() -> list[dict[str, Any]]:
     for level in cpu.LEVELS:
         for weight_format in WeightFormat:
             symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
-            entries += selection_rows(level, weight_format, limits, symbols, f"cpu/fp4_block_scale_moe_{level}.so")
+            formats = [ActivationFormat.bf16.name, _QUANTIZED[weight_format].name]
+            file = f"cpu/fp4_block_scale_moe_{level}.so"
+            entries += selection_rows(level, weight_format, formats, limits, symbols, file)
     return entries
 
 
-def build_sm90a(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One file per weight format. ``verified`` stays ``compiled`` until the gpu suite has run on the rebuilt file."""
-    from tvmmoe.kernels.sm90a import build
+def build_host(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What eager calls of any device go through; the hash is that of its source, and it serves no entry of its own."""
+    path = folder / relaunch.FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
+    command = [
+        "g++", "-shared", "-fPIC", "-O2", "-s", "-std=c++17", "-fno-exceptions", "-fvisibility=hidden", "-Wall", "-Werror",
+        *(f"-I{include}" for include in includes), str(HOST_SOURCE),
+        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    digest = hashlib.sha256(HOST_SOURCE.read_bytes()).hexdigest()
+    return {relaunch.FILE: file_record(path, "host", digest, _version_of("g++", 0), "measured")}, []
 
-    build.build_sm90a(folder / "sm90a", sm90a_variants)
-    return sm90a_records(folder, "compiled")
+
+def shipped_variants(target: CudaTarget, weight_format: WeightFormat) -> list[Any]:
+    """What ``target.build`` compiles: what the tuning records choose, by hand where there are none."""
+    by_hand = target.build.variants(weight_format)
+    if importlib.util.find_spec(f"tvmmoe.tuning.{target.name}") is None:
+        return by_hand
+    choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name)
+    return [type(by_hand[0])(**configs) for configs in choices.values()]
 
 
-def sm90a_variants(weight_format: WeightFormat) -> list[Any]:
-    """The variants that ship: what the tuning records choose, by hand where there are none."""
-    from tvmmoe.kernels.sm90a.operator import Variant
-    from tvmmoe.tuning.sm90a import chosen
-
-    return [Variant(**configs) for configs in chosen(weight_format.name).values()]
+@functools.cache  # tracing takes half a minute
+def cuda_source(target: CudaTarget, weight_format: WeightFormat) -> str:
+    """CUDA C++ of one artifact file."""
+    return target.build.cuda_source(shipped_variants(target, weight_format))
 
 
-def sm90a_records(folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """File records and selection entries of what lies in ``folder/sm90a``; the TIR hash is that of the CUDA source."""
-    from tvmmoe.kernels.sm90a import build
+def build_cuda(target: CudaTarget, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compile every file of a target into ``folder/<name>``: file records and selection entries."""
+    for weight_format in WeightFormat:
+        path = folder / target.name / target.build.file_name(weight_format)
+        target.build.compile_so(cuda_source(target, weight_format), path, *target.gencodes)
+    return cuda_records(target, folder, "compiled")
 
+
+def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """File records and selection entries of what lies in ``folder/<name>``; the TIR hash is that of the CUDA source."""
     files, entries = {}, []
     for weight_format in WeightFormat:
-        variants = sm90a_variants(weight_format)
-        file = f"sm90a/{build.file_name(weight_format)}"
-        digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
-        files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
-        limits = recorded_limits("sm90a", [variant.tile_m for variant in variants], BF16_OPERAND_MODES)
-        symbols = {variant.tile_m: variant.symbol for variant in variants}
-        is_mx = weight_format == WeightFormat.mxfp4
-        formats = [ActivationFormat.bf16] if is_mx else None
-        entries += selection_rows("sm90a", weight_format, limits, symbols, file, formats)
-        if is_mx:
-            entries += sm90a_mxfp8_entries(limits, symbols, file)
-    variants = build.fp8_variants()
-    file = f"sm90a/{build.FP8_FILE}"
-    digest = hashlib.sha256(build.cuda_source(variants).encode()).hexdigest()
-    files[file] = file_record(folder / file, "sm90a", digest, _version_of("nvcc", -2), verified)
+        file = f"{target.name}/{target.build.file_name(weight_format)}"
+        digest = hashlib.sha256(cuda_source(target, weight_format).encode()).hexdigest()
+        files[file] = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
+        symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format)}
+        formats = target.activation_formats(weight_format)
+        entries += selection_rows(target.name, weight_format, formats, limits_of(target, symbols), symbols, file)
     return files, entries
 
 
-def sm90a_mxfp8_entries(limits: dict[int, float], symbols: dict[int, str], file: str) -> list[dict[str, Any]]:
-    """mxfp8 x mxfp4: the bf16 kernels' small tiles, then those on fp8 wgmma."""
-    from tvmmoe.kernels.sm90a import build
-
-    first = min(FP8_MIN_ROWS)
-    small = {tile_m: symbol for tile_m, symbol in symbols.items() if tile_m < first}
-    tall = {variant.tile_m: variant.symbol for variant in build.fp8_variants()}
-    limits = {tile_m: rows for tile_m, rows in limits.items() if tile_m < first} | FP8_MIN_ROWS
-    entries = selection_rows("sm90a", WeightFormat.mxfp4, limits, small | tall, file, [ActivationFormat.mxfp8])
-    return [entry | {"file": f"sm90a/{build.FP8_FILE}"} if entry["tile_m"] in tall else entry for entry in entries]
+def limits_of(target: CudaTarget, tiles: Iterable[int]) -> Mapping[int, float]:
+    """Rows per expert from which each tile height serves: as measured, or else the target's own."""
+    return recorded_limits(target.name, list(tiles)) if path_of(target.name).is_file() else target.default_limits
 
 
 def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:
@@ -168,16 +219,41 @@ def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[s
     path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def main() -> None:
+def mark_verified(folder: Path, target: str, verified: str) -> dict[str, Any]:
+    """Note in ``manifest.json`` how the files of a target, as they are, have been verified; returns their records.
+
+    Raises
+    ------
+    ArtifactError
+        A file is not the one that the manifest describes.
+    """
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    files = {name: record for name, record in content["files"].items() if name.startswith(f"{target}/")}
+    for name, record in files.items():
+        loader.load(loader.manifest(folder), name)
+        record["verified"] = verified
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.build", description=__doc__)
     parser.add_argument("--target", required=True, choices=TARGETS)
-    parser.add_argument("--out", type=Path, default=artifacts_dir(), help="folder of manifest.json and the files")
-    arguments = parser.parse_args()
-    files, entries = (build_cpu if arguments.target == "cpu" else build_sm90a)(arguments.out)
-    write_manifest(arguments.out, files, entries)
+    parser.add_argument("--out", type=Path, default=loader.artifacts_dir(), help="folder of manifest.json and the files")
+    parser.add_argument("--verified", choices=VERIFIED, help="compile nothing: note how the files there were verified")
+    options = parser.parse_args(argv)
+    if options.verified:
+        files = mark_verified(options.out, options.target, options.verified)
+    else:
+        makers = {"cpu": build_cpu, "host": build_host}
+        make = makers.get(options.target) or functools.partial(build_cuda, CUDA_TARGETS[options.target])
+        files, entries = make(options.out)
+        write_manifest(options.out, files, entries)
     for name, record in files.items():
-        print(f"{name}  {record['bytes'] / 2**20:.1f} MiB  tir {record['tir_sha256'][:12]}")
+        size, digest = f"{record['bytes'] / 2**20:.1f} MiB", record["tir_sha256"][:12]
+        print(f"{name}  {size}  tir {digest}  {record['verified']}")
 
 
 if __name__ == "__main__":

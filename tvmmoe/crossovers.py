@@ -22,7 +22,7 @@ import torch
 from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.bench import MODES, check, median_us, of_tokens, rotating, routings, shape_call
-from tvmmoe.errors import ArgumentError, TvmMoeError
+from tvmmoe.errors import ArgumentError, TvmMoeError, UnsupportedError
 from tvmmoe.loader import Entry
 from tvmmoe.select import targets_of
 from tvmmoe.shapes import shape_case
@@ -76,12 +76,17 @@ def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict
     return dict(sorted(limits.items()))
 
 
-def recorded_limits(target: str, tiles: Sequence[int], modes: Sequence[str] | None = None) -> dict[int, float]:
+def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
     """:func:`min_rows_per_expert` of the table that ships for ``target``, over all its shapes and modes: a limit of one
-    weight format alone would rest on too few shapes, and costs at most a few percent more. ``modes`` names those whose
-    tiles are other kernels."""
-    rows = json.loads(path_of(target).read_text())["rows"]
-    return min_rows_per_expert([row for row in rows if modes is None or row["mode"] in modes], tiles)
+    weight format alone would rest on too few shapes, and costs at most a few percent more."""
+    return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
+
+
+def target_of(device: torch.device) -> str:
+    """The best target of a device that has artifacts: the one whose tiles are measured."""
+    targets = targets_of(device)
+    shipped = {entry.target for entry in loader.manifest().entries}
+    return next((target for target in targets if target in shipped), targets[0])
 
 
 def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
@@ -92,11 +97,11 @@ def candidates(entries: Iterable[Entry], rows: float) -> list[Entry]:
 
 def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: torch.device) -> Iterable[Record]:
     """One record for each number of rows at which the shape has a whole token."""
-    target = targets_of(device)[0]
-    entries = [
-        e for e in loader.manifest().entries
-        if e.target == target and e.weight_format == mode[1] and mode[0] in e.activation_formats
-    ]  # fmt: skip
+    target = target_of(device)
+    of_target = [e for e in loader.manifest().entries if e.target == target]
+    entries = [e for e in of_target if mode[0] in e.activation_formats and mode[1] == e.weight_format]
+    if not entries:
+        raise UnsupportedError(f"--mode: got {'-'.join(mode)}, which {target} has no tiles for")
     case = shape_case(name, 1, *mode, device=str(device))
     tokens = {rows: round(rows * case.num_experts / case.top_k) for rows in grid}
     kwargs = shape_call(name, max(tokens.values()), mode, str(device))
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--device: got {options.device}, expected cpu: torch sees no CUDA device")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    target = targets_of(device)[0]
+    target = target_of(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
     try:

@@ -24,3 +24,7 @@ class UnsupportedError(TvmMoeError, RuntimeError):
 
 class ArtifactError(TvmMoeError, RuntimeError):
     """An artifact or the manifest is missing, damaged or of another version."""
+
+
+class UnverifiedWarning(UserWarning):
+    """An artifact serves a call that has never run on a GPU of its kind."""

@@ -19,7 +19,7 @@ from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.config import ActivationFormat, Problem, WeightFormat
 from tvmmoe.errors import TvmMoeError
-from tvmmoe.select import rows_per_expert, select, targets_of
+from tvmmoe.select import ALLOW_UNVERIFIED, VERIFIED, is_allowed, rows_per_expert, select, targets_of
 from tvmmoe.shapes import shape_case
 from tvmmoe.testing import Case
 
@@ -43,6 +43,7 @@ def report(device: torch.device) -> dict[str, object]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "targets": list(targets_of(device)),
+        "verified": states(source),
         "artifacts_dir": str(source.folder),
         "artifacts": artifacts,
         "entries": [
@@ -51,6 +52,15 @@ def report(device: torch.device) -> dict[str, object]:
             for e in source.entries
         ],
     }
+
+
+def states(source: loader.Manifest) -> dict[str, str]:
+    """The least verified state of each target's files, and whether they serve calls here (select.py explains them)."""
+    worst: dict[str, str] = {}
+    for record in source.files.values():
+        worst[record["target"]] = max(worst.get(record["target"], ""), record["verified"], key=(("", *VERIFIED).index))
+    needs = f"; serves only where {ALLOW_UNVERIFIED}=1 is set"
+    return {target: state if is_allowed(state) else state + needs for target, state in worst.items()}
 
 
 def problem_of(case: Case) -> Problem:
@@ -107,6 +117,7 @@ def selection(case: Case, targets: tuple[str, ...]) -> dict[str, Any]:
         "file": entry.file,
         "symbol": entry.symbol,
         "tile_m": entry.tile_m,
+        "verified": loader.manifest().files[entry.file]["verified"],
         "workspace_bytes": torch_op.entry_workspace_bytes(problem, entry),
     }
 

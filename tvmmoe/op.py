@@ -3,8 +3,8 @@
 
 import torch
 
-from tvmmoe import torch_op
-from tvmmoe.arguments import validate
+from tvmmoe import relaunch, torch_op
+from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import ActivationFormat, ActivationType, Problem, RoutingMethodType, WeightFormat
 
 
@@ -126,44 +126,23 @@ def trtllm_fp4_block_scale_moe(
     -----
     Source of the maths: FlashInfer's operator of this name; element formats from OCP MX v1.0 and the PTX ISA.
     """
-    arguments = dict(  # spelled out: torch.compile cannot trace locals()
-        routing_logits=routing_logits,
-        routing_bias=routing_bias,
-        hidden_states=hidden_states,
-        hidden_states_scale=hidden_states_scale,
-        gemm1_weights=gemm1_weights,
-        gemm1_weights_scale=gemm1_weights_scale,
-        gemm1_bias=gemm1_bias,
-        gemm1_alpha=gemm1_alpha,
-        gemm1_beta=gemm1_beta,
-        gemm1_clamp_limit=gemm1_clamp_limit,
-        gemm2_weights=gemm2_weights,
-        gemm2_weights_scale=gemm2_weights_scale,
-        gemm2_bias=gemm2_bias,
-        output1_scale_scalar=output1_scale_scalar,
-        output1_scale_gate_scalar=output1_scale_gate_scalar,
-        output2_scale_scalar=output2_scale_scalar,
-        num_experts=num_experts,
-        top_k=top_k,
-        n_group=n_group,
-        topk_group=topk_group,
-        intermediate_size=intermediate_size,
-        local_expert_offset=local_expert_offset,
-        local_num_experts=local_num_experts,
-        routed_scaling_factor=routed_scaling_factor,
-        routing_method_type=routing_method_type,
-        do_finalize=do_finalize,
-        enable_pdl=enable_pdl,
-        activation_type=activation_type,
-        per_token_scale=per_token_scale,
-        output=output,
-        tune_max_num_tokens=tune_max_num_tokens,
-        norm_topk_prob=norm_topk_prob,
-        routing_replay_out=routing_replay_out,
-    )
+    call = (  # spelled out: torch.compile cannot trace locals()
+        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+        gemm1_bias, gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights, gemm2_weights_scale, gemm2_bias,
+        output1_scale_scalar, output1_scale_gate_scalar, output2_scale_scalar, num_experts, top_k, n_group,
+        topk_group, intermediate_size, local_expert_offset, local_num_experts, routed_scaling_factor,
+        routing_method_type, do_finalize, enable_pdl, activation_type, per_token_scale, output, tune_max_num_tokens,
+        norm_topk_prob, routing_replay_out,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
-        return torch_op.traced(**arguments)
-    return torch_op.launch(validate(**arguments), arguments)
+        return torch_op.traced(**dict(zip(NAMES, call, strict=True)))
+    known = relaunch.relaunch(call)
+    if known is not None:
+        return [known]
+    problem = validate(*call)
+    results = torch_op.launch(problem, dict(zip(NAMES, call, strict=True)))
+    relaunch.learn(call, problem, results)
+    return results
 
 
 def workspace_bytes(

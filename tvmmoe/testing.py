@@ -10,6 +10,7 @@ import torch
 from tvmmoe import numerics, reference
 from tvmmoe.config import ActivationFormat, ActivationType, WeightFormat
 from tvmmoe.config import RoutingMethodType as Method
+from tvmmoe.select import cuda_targets
 
 # Relative L2 error against the reference. nvfp4 is looser: a float32 sum in another order moves z across a midpoint of
 # e2m1 or of its bfloat16 rounding, and one such flip is a quarter of a value.
@@ -378,17 +379,9 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def local_arch() -> str:
-    """Architecture of the current device: cpu, or a name like sm90a."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}a"
-
-
 def skip_unless_arch(arch: str) -> Any:
-    """Pytest mark that skips a test at collection unless this machine can run ``arch``; the cpu always can."""
+    """Pytest mark that skips a test at collection unless the current GPU runs artifacts of the target ``arch``."""
     import pytest
 
-    here = local_arch()
-    return pytest.mark.skipif(arch not in ("cpu", here), reason=f"needs {arch}, this machine has {here}")
+    here = cuda_targets(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ()
+    return pytest.mark.skipif(arch not in here, reason=f"needs {arch}, this machine has {', '.join(here) or 'no GPU'}")

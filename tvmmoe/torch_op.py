@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch: results and workspace from torch's allocator, then one packed call; the op that torch.compile sees.
 
-Eager calls go straight to :func:`launch`. Under torch.compile the registered ``tvmmoe::fp4_block_scale_moe`` is
-called, whose fake implementation runs the same validation on fake tensors.
+Eager calls go straight to :func:`launch`, known ones past it (:mod:`tvmmoe.relaunch`). Under torch.compile the registered
+``tvmmoe::fp4_block_scale_moe`` is called, whose fake implementation runs the same validation on fake tensors.
 """
 
-import contextlib
 import functools
+import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from tvmmoe import abi, loader
-from tvmmoe.arguments import validate
+from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import Problem
-from tvmmoe.kernels.sm90a.layout import workspace_bytes as sm90a_workspace_bytes
+from tvmmoe.errors import UnverifiedWarning
 from tvmmoe.loader import Entry
 from tvmmoe.select import select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
@@ -33,7 +34,10 @@ def entry_workspace_bytes(problem: Problem, entry: Entry) -> int:
     """Bytes of workspace that ``entry`` needs for ``problem``."""
     sizes = (problem.num_tokens, problem.top_k, problem.hidden_size, problem.intermediate_size)
     sizes = (*sizes, problem.local_num_experts, entry.tile_m)
-    return sm90a_workspace_bytes(*sizes) if entry.target.startswith("sm") else cpu_slices(*sizes)[1]
+    if not entry.target.startswith("sm"):
+        return cpu_slices(*sizes)[1]
+    layout = importlib.import_module(f"tvmmoe.kernels.{entry.target}.layout")
+    return layout.workspace_bytes(*sizes, problem.weight_format)
 
 
 class Plan(NamedTuple):
@@ -56,10 +60,27 @@ def plan(problem: Problem, entry: Entry) -> Plan:
 
 def selected_entry(problem: Problem) -> Entry:
     """The manifest entry that serves ``problem`` on its device."""
-    entry = select(loader.manifest(), targets_of(problem.device), problem)
+    source = loader.manifest()
+    entry = select(source, targets_of(problem.device), problem)
+    if (verified := source.files[entry.file]["verified"]) != "measured":
+        _warn_once(entry.target, entry.file, verified)
     if os.environ.get("TVMMOE_VERBOSE"):
         print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
     return entry
+
+
+@functools.cache
+def _warn_once(target: str, file: str, verified: str) -> None:
+    proof = {
+        "emulated": "passed the tests on another GPU, with a function in place of the tensor core's instruction",
+        "compiled": "has been compiled, and nothing of it has ever run",
+    }
+    warnings.warn(
+        f"{file} has not run on a GPU of its target {target} yet: it {proof[verified]}; "
+        "verify it with python -m pytest -m gpu",
+        UnverifiedWarning,
+        stacklevel=2,
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,27 +120,27 @@ def launch(
     workspace = torch.empty(p.workspace_bytes, dtype=torch.uint8, device=problem.device)
     if p.set_num_threads is not None:
         p.set_num_threads(torch.get_num_threads())
+    # A CUDA entry makes the workspace's device current while it launches.
+    p.function(workspace, *entry_arguments(p, problem, tensors, written))
+    return results if output is None else [output]
+
+
+def entry_arguments(
+    p: Plan, problem: Problem, tensors: dict[str, torch.Tensor | None], written: dict[str, torch.Tensor]
+) -> tuple[int | float, ...]:
+    """What an entry is called with after its workspace; ``written`` are the results by name."""
     addresses = [0] * len(abi.POINTERS)
     for name, index in _INPUTS:
         if (tensor := tensors[name]) is not None:
             addresses[index] = tensor.data_ptr()
     for name, tensor in written.items():
         addresses[_RESULTS[name]] = tensor.data_ptr()
-    with _device_guard(problem.device):
-        p.function(workspace, *addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
-    return results if output is None else [output]
+    return (*addresses, *_with_dtypes(p.ints, tensors), problem.routed_scaling_factor)
 
 
 _PIECES = ("gemm2_output", "expert_weights", "expanded_idx_to_permuted_idx")  # of do_finalize=False
 _RESULTS = {name: abi.POINTERS.index(name) for name in ("output", *_PIECES)}
 _INPUTS = tuple((name, i) for i, name in enumerate(abi.POINTERS) if name not in _RESULTS)
-
-
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes ``device`` current; nothing to do where it is already."""
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _ints(problem: Problem) -> tuple[int, ...]:
@@ -161,17 +182,17 @@ _SCHEMA = """(
 
 
 @torch.library.custom_op("tvmmoe::fp4_block_scale_moe", mutates_args=("output", "routing_replay_out"), schema=_SCHEMA)
-def _registered(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+def _registered(*args: Any) -> tuple[torch.Tensor, ...]:
     """The op as dispatched: a fixed number of results, those that the call does not have (or wrote in place) empty."""
-    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+    arguments = dict(zip(NAMES, args, strict=True))
     problem = validate(**arguments)
     results = launch(problem, arguments)
     return _three(problem, [] if problem.do_finalize and arguments["output"] is not None else results)
 
 
 @_registered.register_fake
-def _fake(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    arguments = _ARGUMENTS.bind(*args, **kwargs).arguments
+def _fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    arguments = dict(zip(NAMES, args, strict=True))
     problem = validate(**arguments)
     # Sizes may be symbols, which have no hash; asking the table guards on the range of tokens that it answers for.
     tile_m = 1 if problem.do_finalize else selected_entry(problem).tile_m

@@ -18,16 +18,21 @@ from tvmmoe.kernels import numerics
 
 
 def activate(kind: ActivationType, up, gate, scale, scale_gate, alpha, beta, limit):
-    """z of one element: ``up``, ``gate`` are accumulators with bias; ``gate`` is None for a non-gated activation."""
+    """z of one element: ``up``, ``gate`` are accumulators with bias; ``gate`` is None for a non-gated activation.
+
+    Binds what is used several times, so call it inside a block: an expression's length doubles with every use.
+    """
     if kind == ActivationType.Identity:
         return scale * up
+    up = T.bind(up)
     if kind == ActivationType.Relu2:
-        gated = scale_gate * up
-        positive = T.Select(numerics.is_nan(gated), gated, T.max(gated, T.float32(0)))
+        gated = T.bind(scale_gate * up)
+        positive = T.bind(T.Select(numerics.is_nan(gated), gated, T.max(gated, T.float32(0))))
         return scale * (positive * positive)
+    gate = T.bind(gate)
     up = T.Select(numerics.is_nan(up), up, T.max(T.min(up, limit), T.float32(0) - limit))
-    gate = scale_gate * T.Select(numerics.is_nan(gate), gate, T.min(gate, limit))
-    argument = alpha * gate
+    gate = T.bind(scale_gate * T.Select(numerics.is_nan(gate), gate, T.min(gate, limit)))
+    argument = T.bind(alpha * gate)
     squashed = (
         numerics.sigmoid_float32(argument) if kind == ActivationType.Swiglu else numerics.normal_cdf_float32(argument)
     )
@@ -85,12 +90,13 @@ def gemm1(weight_format: WeightFormat, activation: ActivationType, tile_m: int):
         for t, m, nb, n in T.grid(nt, tile_m, ib, 32):
             with T.sblock("epilogue"):
                 vt, vm, vnb, vn = T.axis.remap("SSSS", [t, m, nb, n])
-                Z[vt, vm, vnb, vn] = numerics.float32_to_bf16(activate(
+                activated = T.bind(activate(
                     activation,
                     ACC[vt, vm, 0, vnb, vn] * PTS[row(ROW[vt, vm], tokens)] + B[row(TE[vt], n_bias), 0, vnb, vn],
                     ACC[vt, vm, halves - 1, vnb, vn] * PTS[row(ROW[vt, vm], tokens)]
                     + B[row(TE[vt], n_bias), halves - 1, vnb, vn],
                     SC[row(TE[vt], n_scale)], SG[row(TE[vt], n_gate)], ALPHA[row(TE[vt], n_alpha)],
                     BETA[row(TE[vt], n_beta)], LIMIT[row(TE[vt], n_limit)]))
+                Z[vt, vm, vnb, vn] = numerics.float32_to_bf16(activated)
     # fmt: on
     return definition

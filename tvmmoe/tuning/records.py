@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tuning records: schedules/<target>/<stage>/database_*.json, as MetaSchedule writes them, and what follows from them."""
 
+import functools
 import json
 import math
 import statistics
@@ -9,22 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import tvm
 import tvm_ffi
-from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tvmmoe.errors import ArgumentError
 from tvmmoe.loader import data_dir
-from tvmmoe.tuning.tasks import LABEL, STAGES, Task, decisions, key_of
+from tvmmoe.tuning.tasks import LABEL, STAGES, Task, key_of, traced_decisions
 
+FILES = ("workload", "tuning_record")
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
-
-
-def database_of(folder: Path) -> ms.database.JSONDatabase:
-    """The database of a folder, made if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(folder / f"database_{name}.json") for name in ("workload", "tuning_record")]
-    return ms.database.JSONDatabase(*paths, allow_missing=True)
+MIN_SHARE = 0.75
+MAX_LOSS = 0.01  # and nowhere slower by more than noise
+MAX_GAP = 0.1  # a tile height further behind the best one is not selected
 
 
 def folder_of(target: str, stage: str, root: Path | None = None) -> Path:
@@ -48,6 +46,26 @@ def claim_device(target: str, name: str, root: Path | None = None) -> None:
     path.write_text(json.dumps({"name": name}) + "\n")
 
 
+class Database:
+    """MetaSchedule's database of a folder, opened once, with its records by the label of their task."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [str(folder / f"database_{name}.json") for name in FILES]
+        self.database = ms.database.JSONDatabase(*paths, allow_missing=True)
+        self.by_label: dict[str, list[ms.database.TuningRecord]] = {}
+        for record in self.database.get_all_tuning_records():
+            self.by_label.setdefault(str(record.workload.mod["main"].attrs[LABEL]), []).append(record)
+
+    def of(self, task: Task, mod: tvm.IRModule) -> list[ms.database.TuningRecord]:
+        """Records of a task whose definition is still ``mod``."""
+        same: dict[ms.database.Workload, bool] = {}
+        for record in self.by_label.get(task.label, ()):
+            if record.workload not in same:
+                same[record.workload] = tvm_ffi.structural_equal(record.workload.mod, mod)
+        return [record for record in self.by_label.get(task.label, ()) if same[record.workload]]
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A record that holds for today's definition."""
@@ -60,51 +78,79 @@ class Measurement:
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
     folder = folder_of(target, stage, root)
-    if not (folder / "database_tuning_record.json").is_file():
+    path = folder / f"database_{FILES[-1]}.json"
+    if not path.is_file():
         return [], []
-    database = database_of(folder)
-    measurements, stale, modules = [], {}, {}
-    for record in database.get_all_tuning_records():
-        task = Task.of_label(target, stage, str(record.workload.mod["main"].attrs[LABEL]))
-        if task not in modules:
-            modules[task] = task.workload()
-        if not tvm_ffi.structural_equal(record.workload.mod, modules[task]):
-            stale[task.label] = f"{target}/{stage}/{task.label}"
-            continue
-        sch = Schedule(modules[task])
-        record.trace.apply_to_schedule(sch, remove_postproc=True)
-        us = 1e6 * statistics.mean(float(s) for s in record.run_secs)
-        measurements.append(Measurement(task, decisions(sch), us))
-    return measurements, sorted(stale.values())
+    return _load(target, stage, folder, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(target: str, stage: str, folder: Path, _mtime_ns: int) -> tuple[list[Measurement], list[str]]:
+    """Reading thousands of records takes seconds."""
+    database, measurements, stale = Database(folder), [], []
+    for label, records in database.by_label.items():
+        task = Task.of_label(target, stage, label)
+        current = database.of(task, task.workload())
+        if len(current) < len(records):
+            stale.append(f"{target}/{stage}/{label}")
+        for record in current:
+            us = 1e6 * statistics.mean(float(s) for s in record.run_secs)
+            measurements.append(Measurement(task, traced_decisions(record.trace), us))
+    return measurements, sorted(stale)
 
 
 def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
     """Stages that have records."""
-    return (s for s in STAGES if (folder_of(target, s, root) / "database_tuning_record.json").is_file())
+    return (s for s in STAGES if (folder_of(target, s, root) / f"database_{FILES[-1]}.json").is_file())
+
+
+Times = dict[tuple, float]  # us by decisions (tasks.key_of)
+
+
+def by_task(measurements: list[Measurement]) -> dict[Task, list[Measurement]]:
+    """Measurements of every task."""
+    result: dict[Task, list[Measurement]] = {}
+    for m in measurements:
+        result.setdefault(m.task, []).append(m)
+    return result
+
+
+def relevant(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[Task, Times]:
+    """Times with the tile height of ``default`` in the tasks where that height may be selected and ``default`` is measured.
+
+    Where another height is faster by more than MAX_GAP, it serves.
+    """
+    result = {}
+    for task, part in by_task(measurements).items():
+        times: Times = {}
+        for m in part:
+            if m.config.get(fixed) == default.get(fixed):
+                times[key_of(m.config)] = min(m.us, times.get(key_of(m.config), math.inf))
+        if key_of(default) in times and min(times.values()) <= (1 + MAX_GAP) * min(m.us for m in part):
+            result[task] = times
+    return result
 
 
 def choose(measurements: list[Measurement], default: dict[str, int], fixed: str = "tile_m") -> dict[str, int]:
-    """The configuration for one tile height: the least mean time relative to ``default`` over tasks that measured both.
+    """The configuration for the tile height of ``default``: the least mean time relative to it over the relevant tasks.
 
-    ``default`` stays unless another is at least MIN_GAIN faster over at least half of the tasks that ``default`` has.
+    ``default`` stays unless another, measured in at least MIN_SHARE of these tasks, is at least MIN_GAIN faster on average
+    and nowhere slower by more than MAX_LOSS.
     """
-    by_task: dict[Task, dict[tuple, float]] = {}
-    key = key_of(default)
-    for m in measurements:
-        if fixed not in m.config or m.config[fixed] == default[fixed]:
-            times = by_task.setdefault(m.task, {})
-            config = key_of(m.config)
-            times[config] = min(m.us, times.get(config, math.inf))
     ratios: dict[tuple, list[float]] = {}
-    for times in by_task.values():
-        for config, us in times.items() if key in times else ():
-            ratios.setdefault(config, []).append(us / times[key])
-    num_tasks = len(ratios.get(key, ()))
-    enough = {c: statistics.geometric_mean(r) for c, r in ratios.items() if 2 * len(r) >= num_tasks}
-    if not enough:
+    tasks = relevant(measurements, default, fixed)
+    for times in tasks.values():
+        for config, us in times.items():
+            ratios.setdefault(config, []).append(us / times[key_of(default)])
+    means = {
+        config: statistics.geometric_mean(r)
+        for config, r in ratios.items()
+        if len(r) >= MIN_SHARE * len(tasks) and max(r) <= 1 + MAX_LOSS
+    }
+    if not means:
         return default
-    best = min(enough, key=enough.__getitem__)
-    return dict(best) if enough[best] < 1 - MIN_GAIN else default
+    best = min(means, key=means.__getitem__)
+    return dict(best) if means[best] < 1 - MIN_GAIN else default
 
 
 def best_of(measurements: list[Measurement]) -> dict[Task, Measurement]:

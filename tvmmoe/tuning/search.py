@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """MetaSchedule's evolutionary search with XGBModel over one task; every correct candidate is recorded as it is measured."""
 
+import contextlib
+import functools
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 import tvm
-import tvm_ffi
+import xgboost
 from tvm.ir.utils import derived_object
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Trace
 
-from tvmmoe.tuning.records import database_of
-from tvmmoe.tuning.tasks import Task, decisions, key_of
+from tvmmoe.tuning.records import Database
+from tvmmoe.tuning.tasks import Task, decisions, key_of, traced_decisions
 from tvmmoe.tuning.worker import Worker
 
-BATCH = 16
+BATCH = 8
+POPULATION = 32
 
 
 class OutOfTime(Exception):
@@ -81,34 +86,18 @@ class Features(ms.feature_extractor.PyFeatureExtractor):
 
 @derived_object
 class Builder(ms.builder.PyBuilder):
-    """Compiles a batch; decisions that are recorded already are not measured again."""
+    """Compiles a batch. Decisions that are recorded already need no library: the runner knows their time."""
 
     def __init__(self, run: "Run") -> None:
         super().__init__()
         self.run = run
 
     def build(self, build_inputs):
-        run, results = self.run, [None] * len(build_inputs)
-        if run.deadline is not None and time.monotonic() > run.deadline:
-            raise OutOfTime
-        fresh = []
-        for i, item in enumerate(build_inputs):
-            config = decisions(Schedule(item.mod))
-            key = key_of(config)
-            if key in run.known:
-                results[i] = ms.builder.BuilderResult(None, "recorded before")
-            else:
-                run.known.add(key)
-                fresh.append((i, config, item.mod))
-        built = run.target.build(run.task, [(config, mod) for _, config, mod in fresh], run.folder)
-        for (i, config, _), (path, error) in zip(fresh, built, strict=True):
-            run.configs[path] = run.configs.get(path, [])
-            artifact = f"{path}#{len(run.configs[path])}"  # a library may hold several candidates
-            run.configs[path].append(config)
-            results[i] = ms.builder.BuilderResult(None, error) if error else ms.builder.BuilderResult(artifact, None)
-            if error:
-                run.errors.append((config, error))
-        return results
+        self.run.check_time()
+        configs = [decisions(Schedule(item.mod)) for item in build_inputs]
+        keys, errors = self.run.build(configs, [item.mod for item in build_inputs])
+        pairs = zip(keys, errors, strict=True)
+        return [ms.builder.BuilderResult(None if error else key, error or None) for key, error in pairs]
 
 
 @derived_object
@@ -135,7 +124,11 @@ class Runner(ms.runner.PyRunner):
         self.run_ = run
 
     def run(self, runner_inputs):
-        return [Measured(self.run_.measure(str(item.artifact_path))) for item in runner_inputs]
+        return [Measured(self._result(str(item.artifact_path))) for item in runner_inputs]
+
+    def _result(self, key: str):
+        us, error = self.run_.measure(key)
+        return ms.runner.RunnerResult(None if error else [us * 1e-6], error or None)
 
 
 class Run:
@@ -145,111 +138,156 @@ class Run:
         self,
         task: Task,
         target: ModuleType,
-        database_dir: Path,
+        database: Database,
         folder: Path,
         worker: Worker,
         deadline: float | None = None,
         progress: Callable[["Run"], None] = lambda run: None,
     ) -> None:
         self.task, self.target, self.folder, self.worker, self.deadline = task, target, folder, worker, deadline
-        self.progress = progress
+        self.progress, self.database = progress, database
         self.mod = task.workload()
-        self.database = database_of(database_dir)
-        self.workload = self.database.commit_workload(self.mod)
-        self.configs: dict[str, list[dict[str, int]]] = {}
         self.errors: list[tuple[dict[str, int], str]] = []
         self.us: dict[tuple, float] = {}  # by decisions, in order of measurement
-        for record in self.database.get_all_tuning_records():
-            if record.workload.same_as(self.workload) or tvm_ffi.structural_equal(record.workload.mod, self.mod):
-                self.us[key_of(self.config_of(record.trace))] = 1e6 * float(record.run_secs[0])
+        for record in database.of(task, self.mod):
+            self.us[key_of(traced_decisions(record.trace))] = 1e6 * float(record.run_secs[0])
         self.num_resumed = len(self.us)
-        self.known = set(self.us)
+        self.built: dict[str, tuple[str, dict[str, int]]] = {}  # library and decisions by what MetaSchedule calls them
         self.cost_model = ms.cost_model.XGBModel(
-            extractor=Features(task, target), num_warmup_samples=BATCH, num_tuning_cores=2, adaptive_training=False,
+            extractor=Features(task, target), num_warmup_samples=BATCH, num_tuning_cores=1, adaptive_training=False,
             verbose_eval=0, early_stopping_rounds=10,
         )  # fmt: skip
 
-    def config_of(self, trace: Trace) -> dict[str, int]:
-        """Decisions of a recorded trace on today's definition."""
+    def check_time(self) -> None:
+        """Raises OutOfTime after the deadline."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    @functools.cached_property
+    def _space(self) -> Trace:
+        """Any trace of the space."""
         sch = Schedule(self.mod)
-        trace.apply_to_schedule(sch, remove_postproc=True)
-        return decisions(sch)
+        self.target.space(self.task, sch)
+        return sch.trace
 
-    def measure(self, artifact: str):
-        """Result of a built candidate; a correct one is recorded at once, so that nothing is lost by stopping."""
-        path, index = artifact.rsplit("#", 1)
-        config = self.configs[path][int(index)]
-        reply = self.worker.measure(self.task, path, config)
-        if "us" in reply:
-            self.us[key_of(config)] = reply["us"]
-            self.record(self.trace_of(config), [reply["us"] * 1e-6])
-        else:
-            self.errors.append((config, reply["error"]))
-        self.progress(self)
-        if "us" in reply:
-            return ms.runner.RunnerResult([reply["us"] * 1e-6], None)
-        return ms.runner.RunnerResult(None, reply["error"])
+    @functools.cached_property
+    def _args_info(self):
+        return ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=False)
 
-    def record(self, trace: Trace, run_secs: list[float]) -> None:
-        args_info = ms.arg_info.ArgInfo.from_entry_func(self.mod, remove_preproc=False)
-        target = self.target.tvm_target()
-        self.database.commit_tuning_record(ms.database.TuningRecord(trace, self.workload, run_secs, target, args_info))
+    @functools.cached_property
+    def _workload(self):
+        return self.database.database.commit_workload(self.mod)
 
     def trace_of(self, config: dict[str, int]) -> Trace:
         """A point of the space, as its trace."""
-        sch = Schedule(self.mod)
-        self.target.space(self.task, sch)
-        sampled = [inst for inst in sch.trace.insts if inst.kind.name == "SampleCategorical"]
+        sampled = [inst for inst in self._space.insts if inst.kind.name == "SampleCategorical"]
         chosen = {}
         for inst, value in zip(sampled, config.values(), strict=True):
             chosen[inst] = [int(candidate) for candidate in inst.attrs[0]].index(value)
-        trace = Trace(sch.trace.insts, chosen)
-        assert self.config_of(trace) == config, config
+        trace = Trace(self._space.insts, chosen)
+        assert traced_decisions(trace) == config, config
         return trace
 
-    def measure_default(self) -> None:
-        """The hand-chosen decisions come first: whatever is found is compared with them."""
-        config = self.target.default(self.task)
-        if key_of(config) in self.known:
-            return
-        trace = self.trace_of(config)
+    def module_of(self, config: dict[str, int]) -> tvm.IRModule:
+        """The workload with a point's trace applied."""
         sch = Schedule(self.mod)
-        trace.apply_to_schedule(sch, remove_postproc=True)
-        ((path, error),) = self.target.build(self.task, [(config, sch.mod)], self.folder)
-        self.known.add(key_of(config))
-        if error:
-            self.errors.append((config, error))
-            return
-        self.configs[path] = [*self.configs.get(path, []), config]
-        self.measure(f"{path}#{len(self.configs[path]) - 1}")
+        self.trace_of(config).apply_to_schedule(sch, remove_postproc=True)
+        return sch.mod
+
+    def record(self, config: dict[str, int], us: float) -> None:
+        """Append to the database."""
+        target, run_secs = self.target.tvm_target(), [us * 1e-6]
+        record = ms.database.TuningRecord(self.trace_of(config), self._workload, run_secs, target, self._args_info)
+        self.database.database.commit_tuning_record(record)
+
+    def build(self, configs: Sequence[dict[str, int]], mods: Sequence[tvm.IRModule]) -> tuple[list[str], list[str]]:
+        """Compile what is not recorded; a key and an error, or "", of each."""
+        keys = [repr(key_of(config)) for config in configs]
+        errors = dict.fromkeys(keys, "")
+        todo = {}
+        for key, config, mod in zip(keys, configs, mods, strict=True):
+            if key not in self.built:
+                self.built[key] = ("", config)
+                if key_of(config) not in self.us:
+                    todo[key] = (config, mod)
+        results = self.target.build(self.task, list(todo.values()), self.folder) if todo else []
+        for (key, (config, _)), (library, error) in zip(todo.items(), results, strict=True):
+            self.built[key] = (library, config)
+            if error:
+                errors[key] = error
+                self.errors.append((config, error))
+        return keys, [errors[key] for key in keys]
+
+    def measure(self, key: str) -> tuple[float, str]:
+        """(us, "") or (0, error) of a built candidate; a correct one is recorded at once, so that stopping loses nothing."""
+        library, config = self.built[key]
+        if key_of(config) in self.us:
+            return self.us[key_of(config)], ""
+        failed = next((error for other, error in self.errors if other == config), "")
+        if failed:
+            return 0.0, failed
+        reply = self.worker.measure(self.task, library, config)
+        if "us" in reply:
+            self.us[key_of(config)] = reply["us"]
+            self.record(config, reply["us"])
+        else:
+            self.errors.append((config, reply["error"]))
+        self.progress(self)
+        return reply.get("us", 0.0), reply.get("error", "")
+
+    def measure_all(self, configs: Sequence[dict[str, int]]) -> None:
+        """Measure these; the first one even after the deadline, so that every task has something."""
+        fresh = [config for config in configs if key_of(config) not in self.us]
+        keys, errors = self.build(fresh, [self.module_of(config) for config in fresh])
+        for i, (key, error) in enumerate(zip(keys, errors, strict=True)):
+            if i:
+                self.check_time()
+            if not error:
+                self.measure(key)
 
     def search(self, num_trials: int, seed: int = 0) -> None:
-        """Measure until the task has ``num_trials`` records, failures counted."""
-        self.measure_default()
-        num_trials -= len(self.us)
-        if num_trials <= 0:
-            return
+        """Measure until the task has ``num_trials`` records, failures counted; all of a space that has no more points.
+
+        The hand-chosen decisions come first: whatever is found is compared with them.
+        """
+        space = self.target.configs(self.task)
+        try:
+            self.measure_all(self.target.seeds(self.task)[:num_trials])
+            if num_trials >= len(space):
+                self.measure_all(space)
+                return
+            left = num_trials - len(self.us) - len(self.errors)
+            if left > 0:
+                self._evolve(left, seed + 1)
+                # It may have come back to what was known; the trials that this left over go anywhere.
+                tried = {*self.us, *(key_of(config) for config, _ in self.errors)}
+                fresh = [config for config in space if key_of(config) not in tried]
+                random.Random(seed).shuffle(fresh)
+                self.measure_all(fresh[: num_trials - len(tried)])
+        except Exception:  # OutOfTime may arrive as another type: it has passed through TVM's C++
+            if self.deadline is None or time.monotonic() < self.deadline:
+                raise
+
+    def _evolve(self, num_trials: int, seed: int) -> None:
+        """One run of MetaSchedule's search."""
         space = ms.space_generator.ScheduleFn(
             lambda sch: self.target.space(self.task, sch), sch_rules=[], postprocs=[Legal(self.task, self.target)],
             mutator_probs={Mutate(seed): 1.0},
         )  # fmt: skip
         strategy = ms.search_strategy.EvolutionarySearch(
-            population_size=64, init_min_unmeasured=BATCH, genetic_num_iters=3, genetic_max_fail_count=20
+            population_size=POPULATION, init_min_unmeasured=BATCH, genetic_num_iters=2, genetic_max_fail_count=20
         )
-        context = ms.TuneContext(
-            mod=self.mod, target=self.target.tvm_target(), task_name=self.task.label, rand_state=seed + 1, num_threads=1,
-            space_generator=space, search_strategy=strategy,
-        )  # fmt: skip
-        try:
+        with _without_stock_intrinsics(), _one_thread():
+            context = ms.TuneContext(
+                mod=self.mod, target=self.target.tvm_target(), task_name=self.task.label, rand_state=seed, num_threads=1,
+                space_generator=space, search_strategy=strategy,
+            )  # fmt: skip
             ms.tune.tune_tasks(
                 tasks=[context], task_weights=[1.0], work_dir=str(self.folder), max_trials_global=num_trials,
                 num_trials_per_iter=min(BATCH, num_trials), builder=Builder(self), runner=Runner(self),
-                database=self.database, cost_model=self.cost_model, task_scheduler="round-robin",
+                database=self.database.database, cost_model=self.cost_model, task_scheduler="round-robin",
                 measure_callbacks=[ms.measure_callback.UpdateCostModel()],
             )  # fmt: skip
-        except Exception:  # OutOfTime may arrive as another type: it has passed through TVM's C++
-            if self.deadline is None or time.monotonic() < self.deadline:
-                raise
 
     @property
     def best(self) -> tuple[dict[str, int], float] | None:
@@ -258,3 +296,26 @@ class Run:
             return None
         key = min(self.us, key=self.us.__getitem__)
         return dict(key), self.us[key]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """XGBoost on one thread: waking up more takes longer than its work, and beside a measurement they would disturb it."""
+    count = torch.get_num_threads()
+    with xgboost.config_context(nthread=1):
+        yield
+    torch.set_num_threads(count)  # OpenMP's setting is one for all
+
+
+@contextlib.contextmanager
+def _without_stock_intrinsics() -> Iterator[None]:
+    """TuneContext imports TVM's own tensor intrinsics, of which we use none: parsing them takes a minute."""
+    name = "tvm.s_tir.tensor_intrin"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]

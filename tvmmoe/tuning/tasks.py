@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is tuned: a GEMM stage at a model's shape and number of tokens, and its TensorIR definition as the workload."""
 
+import functools
+import itertools
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import tvm
@@ -86,39 +89,64 @@ class Task:
         columns, k_blocks = case.intermediate_size // 32, self.k // 32
         sizes = {"nt": self.num_tiles, "experts": case.num_experts, "ib": columns, "hb": k_blocks}
         sizes |= {"nb_": case.hidden_size // 32, "kb_": k_blocks}
-        if self.stage == "gemm1":
-            definition = gemm1.gemm1(weight_format, ActivationType.Swiglu, max(self.tile_m, 1))
-        else:
-            definition = gemm2.gemm2(weight_format, max(self.tile_m, 1))
-        func = specialized(definition, sizes).with_attr("global_symbol", "main")
+        graph, names = _definition(self.stage, weight_format, max(self.tile_m, 1))
+        func = specialized(graph, {name: sizes.get(name, 1) for name in names}).with_attr("global_symbol", "main")
         return tvm.IRModule({"main": func.with_attr(LABEL, self.label)})
 
 
-def specialized(func: tirx.PrimFunc, sizes: dict[str, int]) -> tirx.PrimFunc:
-    """The definition with its symbolic sizes set by name; vectors that a call may leave out have one element.
+@functools.cache
+def _definition(stage: str, weight_format: WeightFormat, tile_m: int) -> tuple[str, frozenset[str]]:
+    """The stage's definition, saved, and the names of its symbolic sizes; parsing it takes a tenth of a second."""
+    if stage == "gemm1":
+        func = gemm1.gemm1(weight_format, ActivationType.Swiglu, tile_m)
+    else:
+        func = gemm2.gemm2(weight_format, tile_m)
+    names = frozenset(d.name for param in func.params for d in param.shape if isinstance(d, tvm.ir.Var))
+    return tvm.ir.save_json(func), names
+
+
+def specialized(saved: str, sizes: dict[str, int]) -> tirx.PrimFunc:
+    """A saved definition with symbolic sizes set by name, without the places in source files that it came from.
 
     On the saved graph: PrimFunc.specialize copies every use of a shared expression, which made a record of gemm1 27 times
     as long.
     """
-    graph = json.loads(tvm.ir.save_json(func))
+    graph = json.loads(saved)
     nodes = graph["nodes"]
+    spans = {i for i, node in enumerate(nodes) if node["type"] == "ir.Span"}
+    nowhere = next(i for i, node in enumerate(nodes) if node["type"] == "None")
     for node in list(nodes):
+        data = node.get("data")
+        if isinstance(data, dict) and data.get("span") in spans:
+            data["span"] = nowhere
         # Symbolic sizes are the only variables of the definition that no loop and no parameter binds.
-        if node["type"] == "ir.Var" and _is_size(func, name := nodes[node["data"]["name"]]["data"]):
-            nodes.append({"type": "int", "data": sizes.get(name, 1)})
-            fields = {"span": node["data"]["span"], "ty": node["data"]["ty"], "value": len(nodes) - 1}
-            node.update(type="ir.IntImm", data=fields)
+        if node["type"] == "ir.Var" and (name := nodes[data["name"]]["data"]) in sizes:
+            nodes.append({"type": "int", "data": sizes[name]})
+            node.update(type="ir.IntImm", data={"span": nowhere, "ty": data["ty"], "value": len(nodes) - 1})
     return tvm.ir.load_json(json.dumps(graph))
-
-
-def _is_size(func: tirx.PrimFunc, name: str) -> bool:
-    return any(isinstance(d, tvm.ir.Var) and d.name == name for param in func.params for d in param.shape)
 
 
 def decisions(sch: tvm.s_tir.Schedule) -> dict[str, int]:
     """What a space decided, by name."""
     annotations = sch.get(sch.get_sblock(EPILOGUE, "main")).annotations
     return {name[len(PREFIX) :]: int(value) for name, value in annotations.items() if name.startswith(PREFIX)}
+
+
+def traced_decisions(trace: tvm.s_tir.schedule.Trace) -> dict[str, int]:
+    """:func:`decisions` of a trace without applying it."""
+    values, result = {}, {}
+    for inst in trace.insts:
+        if inst.kind.name == "SampleCategorical":
+            values[inst.outputs[0]] = int(inst.attrs[0][int(trace.decisions[inst])])
+        elif inst.kind.name == "Annotate" and str(inst.attrs[0]).startswith(PREFIX):
+            result[str(inst.attrs[0])[len(PREFIX) :]] = values[inst.inputs[1]]
+    return result
+
+
+def points(knobs: Mapping[str, Sequence[int]], is_legal: Callable[[dict[str, int]], bool]) -> list[dict[str, int]]:
+    """Every legal point of a space."""
+    every = (dict(zip(knobs, values, strict=True)) for values in itertools.product(*knobs.values()))
+    return [point for point in every if is_legal(point)]
 
 
 def key_of(config: dict[str, int]) -> tuple[tuple[str, int], ...]:

@@ -2,18 +2,25 @@
 """Measuring in a process of its own: a candidate that hangs, crashes or corrupts the CUDA context costs a restart.
 
 One JSON line a request on stdin, one a reply on a pipe: {"task", "artifact", "config"} -> {"us"} or {"error"}.
+Several tunings of one machine take turns, request by request: while one measures, another searches.
 """
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
 import select
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from tvmmoe.tuning.tasks import Task
+
+TURNS = "tvmmoe_tune.lock"  # in the temporary folder of the machine
+START_S = 300.0
+ENDED = {"error": "the process ended, twice"}
 
 
 class Worker:
@@ -24,6 +31,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.replies = -1
         self.num_starts = 0
+        self.turns = open(os.path.join(tempfile.gettempdir(), TURNS), "a")
 
     def _start(self) -> None:
         self.replies, write = os.pipe()
@@ -31,6 +39,7 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[write], text=True)
         os.close(write)
         self.num_starts += 1
+        self._read_line(START_S)  # importing torch and TVM is not the candidate's time
 
     def stop(self) -> None:
         """Kill the process; the next request starts another."""
@@ -42,33 +51,33 @@ class Worker:
 
     def measure(self, task: Task, artifact: str, config: dict[str, int]) -> dict[str, Any]:
         """{"us"} or {"error"}; a candidate that ends the process gets one more try in a fresh one."""
-        reply = self._request(task, artifact, config)
-        return self._request(task, artifact, config) if reply is None else reply or {}
+        fcntl.flock(self.turns, fcntl.LOCK_EX)
+        try:
+            return self._request(task, artifact, config) or self._request(task, artifact, config) or ENDED
+        finally:
+            fcntl.flock(self.turns, fcntl.LOCK_UN)
 
     def _request(self, task: Task, artifact: str, config: dict[str, int]) -> dict[str, Any] | None:
-        is_retry = self.process is None and self.num_starts > 0
+        """A reply; None if the process ended."""
         if self.process is None:
             self._start()
         request = dict(task=dataclasses.asdict(task), artifact=artifact, config=config)
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            line = self._read_line()
+            line = self._read_line(self.timeout_s)
         except BrokenPipeError:
             line = ""
         if line:
             return json.loads(line)
-        reason = "no answer" if line is None else "the process ended"
         self.stop()
-        if is_retry:
-            return {"error": f"{reason} within {self.timeout_s:g} s" if line is None else reason}
-        return None
+        return {"error": f"no answer within {self.timeout_s:g} s"} if line is None else None
 
-    def _read_line(self) -> str | None:
+    def _read_line(self, timeout_s: float) -> str | None:
         """A reply; "" if the process ended, None after the timeout."""
         data = b""
         while not data.endswith(b"\n"):
-            if not select.select([self.replies], [], [], self.timeout_s)[0]:
+            if not select.select([self.replies], [], [], timeout_s)[0]:
                 return None
             chunk = os.read(self.replies, 65536)
             if not chunk:
@@ -80,6 +89,7 @@ class Worker:
 def main() -> None:
     """The worker process."""
     module, replies = importlib.import_module(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w")
+    print("ready", file=replies, flush=True)
     current, bench = None, None
     for line in sys.stdin:
         request = json.loads(line)

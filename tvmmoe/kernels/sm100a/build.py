@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TIRx -> CUDA C++ -> cubin for sm_100a, to be inspected: no artifact is made of it yet."""
+"""The datacenter Blackwell artifacts: one file a weight format."""
 
-import subprocess
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tvm
-import tvm_ffi
-from tvm.backend.cuda import export_cuda_host
 
-DATACENTER = "arch=compute_100a,code=sm_100a"
-ULTRA = "arch=compute_103a,code=sm_103a"
+from tvmmoe.config import WeightFormat
+from tvmmoe.kernels import nvcc
+from tvmmoe.kernels.sm90a import build as sm90a
+from tvmmoe.kernels.sm100a.operator import TILES, Variant, operator, variant
 
-
-def cuda_source(symbol: str, function: tvm.tirx.PrimFunc) -> str:
-    """CUDA C++ of a packed function, host code included."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_100a"}, host={"kind": "cuda_host"})
-    return export_cuda_host(tvm.tirx.build(tvm.IRModule({symbol: function}), target=target, pipeline="tirx"))
+DATACENTER = "arch=compute_100a,code=sm_100a"  # B200, GB200
+ULTRA = "arch=compute_103a,code=sm_103a"  # B300, GB300: the same instructions, another chip
 
 
-def compile_cubin(source: str, path: Path, gencode: str = DATACENTER) -> str:
-    """Run nvcc; returns its log. Raises RuntimeError with nvcc's message."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
-    command = [
-        "nvcc", "-cubin", "-std=c++17", "-O3", *(f"-I{folder}" for folder in includes), "-gencode", gencode,
-        "-Xptxas", "-v", "-diag-suppress=174,177,550", "-o", str(path), "-x", "cu", "-",
-    ]  # fmt: skip
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc failed for {path.name}:\n{done.stdout[-4000:]}{done.stderr[-8000:]}")
-    return done.stdout + done.stderr
+def variants(weight_format: WeightFormat) -> list[Variant]:
+    """The hand-chosen variants of one weight format."""
+    return [variant(weight_format, tile_m) for tile_m in TILES]
+
+
+def file_name(weight_format: WeightFormat) -> str:
+    """Artifact of one weight format."""
+    return f"moe_{weight_format.name}_sm100a.so"
+
+
+def cuda_source(functions: Sequence[Variant], emit: Callable[[Variant], tvm.tirx.PrimFunc] = operator) -> str:
+    """CUDA C++ of the operators, host code included."""
+    return sm90a.packed_source({v.symbol: functools.partial(emit, v) for v in functions}, "sm_100a")
+
+
+def compile_so(source: str, path: Path, *gencodes: str) -> str:
+    """Run nvcc; returns its log. Raises RuntimeError with nvcc's message, AssertionError for a kernel that spills."""
+    log = nvcc.compile_so(source, path, *gencodes)
+    assert not (problems := nvcc.report(log)), problems
+    return log

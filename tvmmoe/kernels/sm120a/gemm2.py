@@ -7,29 +7,20 @@ Fragment rows are neighbouring output columns. Rows of padding are not stored.
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
-from tvmmoe.kernels.sm90a import gemm2 as sm90a
+from tvmmoe.kernels.sm80 import gemm2 as sm80
 from tvmmoe.kernels.sm90a.gemm import Tile
-from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, load, scalar
+from tvmmoe.kernels.sm90a.trace import address, assign, if_, load, scalar
 from tvmmoe.kernels.sm120a.gemm import GemmConfig, GroupedGemm
 
 
-class Gemm2(sm90a.Gemm2):
+class Gemm2(sm80.Gemm2):
     """Rows of gemm2; the epilogue's arithmetic is that of sm90a."""
 
     def __init__(self, a, weight_format: WeightFormat):
         super().__init__(a)
         self.weight_format = weight_format
-        self.weights = a.gemm2_weights
         self.tokens, self.token_scales = a.ws["z_value"], a.ws["z_scale"]
         self.token_bytes = self.k // 2 if weight_format is WeightFormat.nvfp4 else self.k
-
-    def operand_row(self, c: GemmConfig, tile: Tile, index):
-        """Row of z of a row of the tile."""
-        return cast(tile.token_tile * c.tile_m + index, "int64")
-
-    def out_column(self, gemm: GroupedGemm, tile: Tile, mi: int, matrix: int):
-        """First output column of an 8-column matrix of this warp."""
-        return tile.row_block * gemm.c.rows + gemm.first_row + 16 * mi + 8 * matrix
 
     def token_scale(self, gemm: GroupedGemm, tile: Tile, index):
         """Factor of a row's accumulators, None where the format has none."""

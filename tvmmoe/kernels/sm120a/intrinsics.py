@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.sm90a.trace import cuda, ptx, regs, scalar, u32
+from tvmmoe.kernels.sm90a.trace import cuda, ptx, scalar, u32
 from tvmmoe.kernels.sm120a import emulation
 
 
@@ -89,36 +89,8 @@ def split_bytes(low, high):
     return even, odd
 
 
-def load_matrices(pointer):
-    """ldmatrix: four 8x8 matrices of b16, lane 8m + r gives the address of row r of matrix m."""
-    words = regs(4, "uint32")
-    ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](*[words[i] for i in range(4)], pointer)
-    return words
-
-
-def transpose(pair):
-    """movmatrix: the 8x8 matrix of b16 whose row lane / 4 holds this pair, transposed in registers."""
-    out = scalar("uint32")
-    ptx["movmatrix.sync.aligned.m8n8.trans.b16"](out, pair)
-    return out
-
-
 def funnel(low, high, shift):
     """32 bits of the pair from bit ``shift`` (0, 8, 16 or 24) on."""
     out = scalar("uint32")
     ptx["shf.r.wrap.b32"](out, low, high, shift)
     return out
-
-
-_GRID_DEPENDENCY = r"""
-__device__ __forceinline__ void tvmmoe_grid_dependency() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-"""
-
-
-def grid_dependency() -> None:
-    """Wait for the grids before this one and let the next one start; nothing where the GPU cannot (before sm_90)."""
-    cuda.func_call("tvmmoe_grid_dependency", source_code=_GRID_DEPENDENCY, return_type="void")

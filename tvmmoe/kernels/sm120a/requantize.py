@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels import numerics
+from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -35,7 +36,6 @@ from tvmmoe.kernels.sm90a.trace import (
     u32,
     warp_max_s32,
 )  # fmt: skip
-from tvmmoe.kernels.sm120a.intrinsics import grid_dependency
 
 THREADS = 128
 

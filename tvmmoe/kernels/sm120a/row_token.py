@@ -4,8 +4,8 @@
 grid     one thread a (token, slot) pair; rows of padding keep what they hold, nobody asks for them
 """
 
+from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 from tvmmoe.kernels.sm90a.trace import address, cast, if_, kernel, let, load, store_to
-from tvmmoe.kernels.sm120a.intrinsics import grid_dependency
 
 THREADS = 256
 

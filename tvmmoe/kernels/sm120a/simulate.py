@@ -28,12 +28,14 @@ _RUNTIME = r"""
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define CUDART_INF_F INFINITY
 struct dim3 { unsigned x, y, z; dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
 
@@ -60,6 +62,11 @@ inline dim3 block;
 inline long progress;
 inline void (*entry)(void*);
 inline void* arguments;
+// What another chip than sm_120 has besides (kernels/sm100a/simulate.py):
+inline void (*on_begin)() = [] {};                // before a CTA
+inline void (*on_end)() = [] {};                  // after it
+inline bool (*on_idle)() = [] { return false; };  // no fiber can go on: do something that is still due
+inline void (*on_copy)(const char*, int) = [](const char*, int) {};  // cp.async has written shared memory
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
 inline void wait(Barrier& barrier, int count) {
@@ -99,7 +106,7 @@ inline void run_cta(int threads) {
       self = &fibers[i];
       swapcontext(&scheduler, &self->context);
     }
-    if (live && progress == before) {
+    if (live && progress == before && !on_idle()) {
       fprintf(stderr, "simulate: deadlock in CTA %u\n", block.x);
       abort();
     }
@@ -111,14 +118,17 @@ inline void run_grid(dim3 ctas, int threads, size_t bytes) {
   cta = {};
   for (unsigned i = 0; i < ctas.x * ctas.y; ++i) {
     block = dim3(i % ctas.x, i / ctas.x);
-    smem.assign(bytes + 64, char(0xff));
+    smem.assign(bytes + 1024, char(0xff));
+    on_begin();
     run_cta(threads);
+    on_end();
   }
 }
-inline char* shared() { return (char*)((uintptr_t(smem.data()) + 63) & ~uintptr_t(63)); }
+inline char* shared() { return (char*)((uintptr_t(smem.data()) + 1023) & ~uintptr_t(1023)); }
 inline void make(const Copy& c) {
   memcpy(c.to, c.from, c.bytes);
   memset(c.to + c.bytes, 0, c.size - c.bytes);
+  on_copy(c.to, c.size);
 }
 inline uint32_t bf16(float x) {
   uint32_t bits;
@@ -132,11 +142,14 @@ using std::min;
 #define blockIdx (sim::block)
 
 template <class T> T __shfl_sync(unsigned, T value, int lane, int = 32) {
-  sim::self->words[0] = *(uint32_t*)&value;
+  memcpy(sim::self->words, &value, sizeof(T));
   sim::warp_sync();
-  const uint32_t word = sim::lane(lane).words[0];
+  memcpy(&value, sim::lane(lane).words, sizeof(T));
   sim::warp_sync();
-  return *(T*)&word;
+  return value;
+}
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
+  return __shfl_sync(~0u, value, (sim::self->thread.x % 32) ^ mask);
 }
 inline void __syncthreads() { sim::wait(sim::cta, sim::num_threads); }
 inline size_t __cvta_generic_to_shared(const void* p) { return (const char*)p - sim::shared(); }
@@ -146,6 +159,17 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= unsigned(pair >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
+inline int __any_sync(unsigned, int predicate) {
+  sim::self->words[0] = predicate != 0;
+  sim::warp_sync();
+  int any = 0;
+  for (int i = 0; i < 32; ++i) any |= sim::lane(i).words[0];
+  sim::warp_sync();
+  return any;
+}
+inline void __syncwarp() { sim::warp_sync(); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+template <class T> T atomicAdd(T* p, T value) { return std::exchange(*p, *p + value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 """
@@ -154,6 +178,8 @@ _INSTRUCTIONS = r"""
 namespace ptx {
 template <class T> T& at(uint32_t shared) { return *(T*)(sim::shared() + shared); }
 template <class T> T& at(const void* p) { return *(T*)p; }
+inline void griddepcontrol_wait() {}  // grids run one after another
+inline void griddepcontrol_launch_dependents() {}
 template <class T> void ld_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
 template <class T> void ld_shared_b32(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 4); }
 inline void ld_global_f32(float& d, const void* p) { d = at<float>(p); }
@@ -161,6 +187,18 @@ inline void ld_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
   const uint32_t* w = &at<uint32_t>(p);
   a = w[0], b = w[1], c = w[2], d = w[3];
 }
+template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
+template <class T> void ld_shared_b16(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 2); }
+inline void ld_global_u8(uint32_t& d, const void* p) { d = at<uint8_t>(p); }
+inline void ld_global_u16(uint32_t& d, const void* p) { d = at<uint16_t>(p); }
+inline void ld_shared_u8(uint32_t& d, uint32_t p) { d = at<uint8_t>(p); }
+inline void ld_shared_f32(float& d, uint32_t p) { d = at<float>(p); }
+inline void ld_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t p) {
+  if (p % 16) fprintf(stderr, "simulate: misaligned ld.shared\n"), abort();
+  ld_global_v4_b32(a, b, c, d, sim::shared() + p);
+}
+inline void st_shared_f32(uint32_t p, float v) { at<float>(p) = v; }
+template <class T> void st_global_b16(const void* p, T v) { memcpy((void*)p, &v, 2); }
 inline void ld_shared_v2_b32(uint32_t& a, uint32_t& b, uint32_t p) { a = at<uint32_t>(p), b = at<uint32_t>(p + 4); }
 template <class T> void st_global_b32(const void* p, T v) { memcpy((void*)p, &v, 4); }
 inline void st_global_f32(const void* p, float v) { at<float>(p) = v; }
@@ -204,6 +242,56 @@ inline void redux_sync_max_s32(int32_t& d, int32_t a, uint32_t) {
   sim::warp_sync();
   d = a;
   for (int i = 0; i < 32; ++i) if (int32_t(sim::lane(i).words[0]) > d) d = sim::lane(i).words[0];
+  sim::warp_sync();
+}
+inline void redux_sync_min_s32(int32_t& d, int32_t a, uint32_t mask) {
+  int32_t most;
+  redux_sync_max_s32(most, ~a, mask);
+  d = ~most;
+}
+template <class T> void from_lane(T& d, T a, int lane) {
+  const T value = __shfl_sync(~0u, a, lane & 31);
+  d = lane < 0 ? a : value;
+}
+inline int lane_id() { return sim::self->thread.x % 32; }
+template <class T> void shfl_sync_bfly_b32(T& d, T a, uint32_t b, uint32_t, uint32_t) { from_lane(d, a, lane_id() ^ b); }
+template <class T> void shfl_sync_idx_b32(T& d, T a, uint32_t b, uint32_t, uint32_t) { from_lane(d, a, b); }
+template <class T> void shfl_sync_up_b32(T& d, T a, uint32_t b, uint32_t, uint32_t) { from_lane(d, a, lane_id() - int(b)); }
+inline void match_any_sync_b32(uint32_t& d, uint32_t a, uint32_t) {
+  sim::self->words[0] = a;
+  sim::warp_sync();
+  d = 0;
+  for (int i = 0; i < 32; ++i) d |= uint32_t(sim::lane(i).words[0] == a) << i;
+  sim::warp_sync();
+}
+inline float bf16_half(uint32_t pair, int half) {
+  const uint32_t bits = half ? pair & 0xffff0000 : pair << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline void fma_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {  // exact where the product of halves is a float
+  auto half = [&](int i) { return sim::bf16(bf16_half(a, i) * bf16_half(b, i) + bf16_half(c, i)); };
+  d = half(0) | half(1) << 16;
+}
+inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+    float c0, float c1, float c2, float c3) {
+  const uint32_t words[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(sim::self->words, words, sizeof(words));
+  sim::warp_sync();
+  float* d[4] = {&d0, &d1, &d2, &d3};
+  const float c[4] = {c0, c1, c2, c3};
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  for (int i = 0; i < 4; ++i) {  // row g + 8 (i / 2), column 2t + i % 2; a register 2 (k / 8) + row / 8, b register k / 8
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t a = sim::lane(4 * g + k % 8 / 2).words[2 * (k / 8) + i / 2];
+      const uint32_t b = sim::lane(4 * (2 * t + i % 2) + k % 8 / 2).words[4 + k / 8];
+      sum += double(bf16_half(a, k % 2)) * bf16_half(b, k % 2);
+    }
+    *d[i] = float(sum);
+  }
   sim::warp_sync();
 }
 inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
@@ -275,8 +363,8 @@ def _translate(match: re.Match) -> str:
     return f"ptx::{mnemonic.replace('.', '_').replace('::', '_')}({', '.join(values)});"
 
 
-def host_source(cuda: str, early: bool = False) -> str:
-    """Host C++ of what ``build.cuda_source`` returned."""
+def host_source(cuda: str, early: bool = False, extra: str = "") -> str:
+    """Host C++ of what ``build.cuda_source`` returned; ``extra`` defines what this module does not."""
     kernels, host = cuda.split("#include <tvm/ffi/c_api.h>", 1)
     kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
     for form in FORMS:  # the simulator has its own
@@ -289,7 +377,7 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     mma = "".join(_MMA.format(name=form.function, form=form.model) for form in FORMS)
-    parts = (f"#define SIM_EARLY {int(early)}", _RUNTIME, emulation.MODEL, _INSTRUCTIONS, mma, kernels, _HOST)
+    parts = (f"#define SIM_EARLY {int(early)}", _RUNTIME, emulation.MODEL, _INSTRUCTIONS, mma, extra, kernels, _HOST)
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
 
 

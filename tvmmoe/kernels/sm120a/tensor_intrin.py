@@ -243,4 +243,4 @@ def matmul_source(form: Form, m: int, n: int, k: int, emulate: bool = False) -> 
     sch.tensorize(sch.get_loops(store)[-2], PREFIX + "store")
     sch.tensorize(outer, f"{PREFIX}mma_{form.name}")
     with tvm.transform.PassContext(config=PASS_CONFIG):
-        return build.cuda_source({"matmul": sch.mod["matmul"]}, pipeline="s_tir")
+        return build.packed_source({"matmul": lambda: sch.mod["matmul"]}, pipeline="s_tir")

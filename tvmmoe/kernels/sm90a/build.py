@@ -1,35 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TIRx -> one CUDA C++ unit a weight format -> nvcc -> self-contained shared objects that need libtvm_ffi alone.
+"""The Hopper artifacts: one file a weight format, and one of fp8 accumulation.
 
-Compile variants in batches: an nvcc run costs about 5 s whatever it compiles. The CUDA runtime is linked statically and
-the one driver function that generated host code uses is looked up at the first call, so an artifact loads without a
+The one driver function that generated host code uses is looked up at the first call, so an artifact loads without a
 driver.
 """
 
-import contextlib
 import functools
 import re
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tvm
-import tvm_ffi
-from tvm.backend.cuda import export_cuda_host
 
 from tvmmoe.config import WeightFormat
-from tvmmoe.kernels.sm90a.gemm import GemmConfig
-from tvmmoe.kernels.sm90a.operator import TILES, TILES_FP8, Variant, operator
-from tvmmoe.kernels.sm90a.trace import kernel_names
+from tvmmoe.kernels import nvcc
+from tvmmoe.kernels.sm90a import operator_fp8
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
+from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
 
-DRIVER_LOOKUP = r"""
+FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
+NATIVE = "arch=compute_90a,code=sm_90a"
+
+_INCLUDES = r"""
 #include <cstdint>
 #include <cuda.h>
 #include <cuda_runtime.h>
-static inline __host__ __device__ int64_t tvmmoe_address(const void* pointer) {
-  return reinterpret_cast<int64_t>(pointer);
-}
-static inline CUresult tvmmoe_encode_tiled(
+"""
+_DRIVER_LOOKUP = r"""static inline CUresult tvmmoe_encode_tiled(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* dims,
     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
@@ -58,15 +55,6 @@ def variants(weight_format: WeightFormat) -> list[Variant]:
     return [Variant(config, config) for config in configs]
 
 
-def fp8_variants() -> list[Variant]:
-    """The variants of mxfp8 x mxfp4 on fp8 wgmma."""
-    stages = [[GemmConfig(WeightFormat.mxfp4, tile_m, *c) for c in choices] for tile_m, choices in TILES_FP8.items()]
-    return [Variant(*configs, is_fp8=True) for configs in stages]
-
-
-FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
-
-
 def file_name(weight_format: WeightFormat) -> str:
     """Artifact of one weight format."""
     return f"moe_{weight_format.name}_sm90a.so"
@@ -77,61 +65,61 @@ def cuda_source(functions: Sequence[Variant]) -> str:
     return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
 
 
-def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
-    """CUDA C++ of packed functions by symbol, which contains ``_moe_``; their kernels get the names they were traced by."""
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90a"}, host={"kind": "cuda_host"})
-    functions, names = {}, {}
-    for symbol, make in makers.items():
-        functions[symbol] = make()
-        for i, name in enumerate(kernel_names()):
-            names[f"{symbol}_kernel" + (f"_{i}" if i else "")] = f"{symbol}_{name}"
-    with _source_alone():
-        source = export_cuda_host(tvm.tirx.build(tvm.IRModule(functions), target=target, pipeline="tirx"))
-    source = re.sub(r"\w+_kernel(_\d+)?\b", lambda match: names.get(match[0], match[0]), source)
-    assert not re.search(r"_moe_\w+_kernel(_\d+)?\b", source), "a kernel without a name"
-    # The launch attribute is a compile-time property in TIRx; enable_pdl makes it one of the call.
-    flag = "val.programmaticStreamSerializationAllowed = "
-    assert flag + "1;" in source
-    source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # defined above, not imported
-    return DRIVER_LOOKUP + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+def fp8_source() -> str:
+    """The same of the operator on fp8 wgmma."""
+    return packed_source({operator_fp8.SYMBOL: operator_fp8.operator})
 
 
-@contextlib.contextmanager
-def _source_alone() -> Iterator[None]:
-    """Where a GPU is present TVM compiles what it generates by NVRTC, which refuses it; nvcc does so later, with the host."""
-    name = "tvm_callback_cuda_compile"
-    before = tvm_ffi.get_global_func(name)
-    tvm_ffi.register_global_func(name, lambda code: b"", override=True)
-    try:
-        yield
-    finally:
-        tvm_ffi.register_global_func(name, before, override=True)
+def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: str = "sm_90a") -> str:
+    """CUDA C++ of packed functions by symbol, which contains ``_moe_``."""
+    return once_per_call(nvcc.packed_source(makers, {"arch": arch}, _INCLUDES + nvcc.ADDRESS + _DRIVER_LOOKUP))
 
 
-def compile_so(source: str, path: Path) -> str:
-    """Run nvcc; returns its log. Raises RuntimeError with nvcc's message."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
-    command = [
-        "nvcc", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3",
-        *(f"-I{folder}" for folder in includes), "-gencode", "arch=compute_90a,code=sm_90a",
-        "-Xptxas", "-v,--warn-on-spills", "-diag-suppress=174,177",
-        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}", "-ltvm_ffi", "-o", str(path), "-x", "cu", "-",
-    ]  # fmt: skip
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc failed for {path.name}:\n{done.stdout[-4000:]}{done.stderr[-8000:]}")
-    return done.stdout + done.stderr
+_ALLOW_SHARED_MEMORY = r"""
+#include <atomic>
+#include <cstdint>
+#include <cuda_runtime.h>
+// Most bytes that a kernel may ask for, told to the runtime once a device; `devices` has a bit for each.
+template <typename... Params>
+static cudaError_t tvmmoe_allow_shared_memory(
+    void (*kernel)(Params...), int num_bytes, int device, std::atomic<uint64_t>& devices) {
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (devices.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes);
+  if (error == cudaSuccess) devices.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+"""
+_GUARD = re.compile(r"tvm::ffi::CUDADeviceGuard cuda_device_guard\((.*)\);")
+_DEVICE = re.compile(r"int (cuda_device(?:_\d+)?);\s+if \(::tvm_cuda_host_check\(cudaGetDevice\(&\1\)\) != 0\) return -1;\s+")
+_STREAM = re.compile(r"static_cast<cudaStream_t>\(TVMFFIEnvGetStream\(kDLCUDA, cuda_device(?:_\d+)?\)\)")
+_SHARED_MEMORY = re.compile(
+    r"(if \(::tvm_cuda_host_check\()cudaFuncSetAttribute\(::(\w+), cudaFuncAttributeMaxDynamicSharedMemorySize, (\w+)\)"
+)
 
 
-def report(log: str) -> list[str]:
-    """Lines of an nvcc log that cost speed: serialised wgmma (none is tolerated) and spills (a few words are)."""
-    return [line.strip() for line in log.splitlines() if re.search(r"[1-9]\d* bytes spill|C75\d\d", line)]
+def once_per_call(source: str) -> str:
+    """The same host code, but device and stream are asked for once a call, and shared memory is allowed once a device."""
+    kernels = [match[2] for match in _SHARED_MEMORY.finditer(source)]
+    assert len(set(kernels)) == len(kernels), "a kernel that is launched from two places may need more in one of them"
+    for match in _SHARED_MEMORY.finditer(source):
+        declared = source.rindex(f"auto {match[3]} = ", 0, match.start())
+        assert re.match(r"auto \w+ = \d+;", source[declared:]), "shared memory that depends on the call"
+    source = _SHARED_MEMORY.sub(
+        r"static std::atomic<uint64_t> devices{0};\n\1tvmmoe_allow_shared_memory(::\2, \3, tvmmoe_device, devices)", source
+    )
+    source = _STREAM.sub("tvmmoe_stream", _DEVICE.sub("", source))
+    assert "cudaGetDevice(&cuda_device" not in source
+    return _ALLOW_SHARED_MEMORY + _GUARD.sub(
+        r"const int tvmmoe_device = static_cast<int>(\1);\n"
+        r"  tvm::ffi::CUDADeviceGuard cuda_device_guard(tvmmoe_device);\n"
+        r"  const cudaStream_t tvmmoe_stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tvmmoe_device));",
+        source,
+    )
 
 
-def build_sm90a(out_dir: Path, variants_of: Callable[[WeightFormat], list[Variant]] = variants) -> None:
-    """Build one artifact a weight format, and that of fp8, into ``out_dir``."""
-    units = {file_name(weight_format): variants_of(weight_format) for weight_format in WeightFormat}
-    for file, functions in (units | {FP8_FILE: fp8_variants()}).items():
-        problems = report(compile_so(cuda_source(functions), Path(out_dir) / file))
-        assert not any("C75" in line for line in problems), problems
+def compile_so(source: str, path: Path, *gencodes: str) -> str:
+    """Run nvcc; returns its log. Raises RuntimeError with nvcc's message, AssertionError for serialised wgmma."""
+    log = nvcc.compile_so(source, path, *gencodes)
+    assert "C75" not in "".join(problems := nvcc.report(log)), problems
+    return log

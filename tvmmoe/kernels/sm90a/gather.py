@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
+from tvmmoe.kernels.sm90a.gemm import PAST_L1
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import (
     address,
@@ -78,25 +79,42 @@ def from_pairs(words) -> None:
         store(words, word, i)
 
 
-def _decode(form: ActivationFormat, a, token, column):
-    """Eight columns of a token as four bf16 pairs in column order."""
-    row = cast(token, "int64") * a.hidden_size
-    if form == ActivationFormat.bf16:
-        return load_vec4(address(a.hidden_states, (row + column) * 2))
-    block = 32 if form == ActivationFormat.mxfp8 else 16
-    per_row = a.hidden_size // block
-    scale_byte = load("uint8", address(a.hidden_states_scale, cast(token, "int64") * per_row + column // block))
-    scale = let(numerics.block_scale_to_float32(scale_byte, block))
-    words = regs(4, "uint32")
-    if form == ActivationFormat.mxfp8:
-        data = [load("uint32", address(a.hidden_states, row + column + 4 * i)) for i in range(2)]
-        values = [numerics.e4m3_to_float32((data[i // 4] >> u32(8 * (i % 4))) & u32(0xFF)) for i in range(8)]
-    else:
-        data = load("uint32", address(a.hidden_states, (row + column) // 2))
-        values = [numerics.e2m1_to_float32(let(data >> u32(4 * i))) for i in range(8)]
-    for i in range(4):
-        store(words, pack_bf16(let(values[2 * i] * scale), let(values[2 * i + 1] * scale)), i)
-    return words
+class Encoded:
+    """Eight columns of a token as they are stored; zeros until :meth:`load`."""
+
+    def __init__(self, form: ActivationFormat):
+        self.form = form
+        self.count = {ActivationFormat.bf16: 4, ActivationFormat.mxfp8: 2, ActivationFormat.nvfp4: 1}[form]
+        self.words, self.scale = regs(self.count, "uint32"), scalar("uint32", u32(0))
+        for i in range(self.count):
+            store(self.words, u32(0), i)
+
+    def load(self, a, token, column, space: str) -> None:
+        row = cast(token, "int64") * a.hidden_size
+        if self.form == ActivationFormat.bf16:
+            load_vec4(address(a.hidden_states, (row + column) * 2), space, into=self.words)
+            return
+        block = 32 if self.form == ActivationFormat.mxfp8 else 16
+        scale = cast(token, "int64") * (a.hidden_size // block) + column // block
+        assign(self.scale, load("uint8", address(a.hidden_states_scale, scale), space))
+        first = row + column if self.form == ActivationFormat.mxfp8 else (row + column) // 2
+        for i in range(self.count):
+            store(self.words, load("uint32", address(a.hidden_states, first + 4 * i), space), i)
+
+    def decode(self):
+        """Four bf16 pairs in column order."""
+        if self.form == ActivationFormat.bf16:
+            return self.words
+        words, pairs = [let(self.words[i]) for i in range(self.count)], regs(4, "uint32")
+        if self.form == ActivationFormat.mxfp8:
+            scale = let(numerics.block_scale_to_float32(self.scale, 32))
+            values = [numerics.e4m3_to_float32((words[i // 4] >> u32(8 * (i % 4))) & u32(0xFF)) for i in range(8)]
+        else:
+            scale = let(numerics.block_scale_to_float32(self.scale, 16))
+            values = [numerics.e2m1_to_float32(let(words[0] >> u32(4 * i))) for i in range(8)]
+        for i in range(4):
+            store(pairs, pack_bf16(let(values[2 * i] * scale), let(values[2 * i + 1] * scale)), i)
+        return pairs
 
 
 class Chunk:
@@ -105,25 +123,22 @@ class Chunk:
     def __init__(self, a, form: ActivationFormat, token, segment, thread, columns: int):
         l16 = thread.tid % 16
         base = let(segment * columns + thread.tid // 16 * 128)
-        self.a, self.form, self.token, self.thread = a, form, token, thread
+        self.a, self.token, self.thread = a, token, thread
         self.column = let(cast(base + (l16 % 4) * 32 + (l16 // 4) * 8, "int64"))
         self.position = let(cast(base + l16 * 8, "int64"))
-        self.words = regs(4, "uint32")
-        for i in range(4):
-            store(self.words, u32(0), i)
+        self.encoded = Encoded(form)
 
-    def load(self) -> None:
-        """Fetch and decode; columns past the row stay zero."""
+    def load(self, space: str = "global") -> None:
+        """Fetch; columns past the row stay zero."""
         with if_(self.column < self.a.hidden_size):
-            decoded = _decode(self.form, self.a, self.token, self.column)
-            for i in range(4):
-                store(self.words, decoded[i], i)
+            self.encoded.load(self.a, self.token, self.column, space)
 
     def write(self, row_of_slot) -> None:
-        """Store the chunk, in K order, to every row of the token, and the rows' scale once."""
+        """Store the chunk, decoded and in K order, to every row of the token, and the rows' scale once."""
         a, width = self.a, padded(self.a.hidden_size)
-        to_pairs(self.words)
-        exchange_quad(self.words, self.thread.lane)
+        words = self.encoded.decode()
+        to_pairs(words)
+        exchange_quad(words, self.thread.lane)
         with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
             rows = []
             for i in range(SLOTS_AT_ONCE):
@@ -136,7 +151,7 @@ class Chunk:
                 with if_(row >= 0):
                     with if_(self.position < width):
                         offset = cast(row, "int64") * width + self.position
-                        store_vec4(address(a.ws["x"], offset * 2), self.words)
+                        store_vec4(address(a.ws["x"], offset * 2), words)
                     with if_(T.And(a.per_token_scale != 0, self.position == 0)):
                         scale = load("float32", address(a.per_token_scale, cast(self.token, "int64") * 4))
                         store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), scale)
@@ -148,9 +163,9 @@ def gather(a, form: ActivationFormat) -> None:
     with kernel(f"gather_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         token = let(thread.cta // cast(segments, "int32"))
         chunk = Chunk(a, form, token, thread.cta % cast(segments, "int32"), thread, COLUMNS)
+        chunk.load(PAST_L1)  # route, two kernels before, started after everything that writes it had ended
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        chunk.load()
         first = let(cast(token, "int64") * a.top_k)
         rows = a.result("expanded_idx_to_permuted_idx")
         chunk.write(lambda k: load("int32", address(rows, (first + cast(k, "int64")) * 4)))

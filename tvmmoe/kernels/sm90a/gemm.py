@@ -20,13 +20,13 @@ A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it 
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
@@ -46,6 +46,7 @@ from tvmmoe.kernels.sm90a.trace import (
     scalar,
     shuffle,
     store,
+    store_to,
     store_vec4,
     tensor_map,
     u32,
@@ -53,95 +54,8 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
-SMEM_BYTES = 227 * 1024
-MAX_STAGES = 16
-BARRIER_BYTES = 512
 SCALE_LANES = 96  # three warps copy scales
-# wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
-# every wgmma (C7512); finer ones did not pay there anyway.
-WIDTHS = {
-    64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 128: (32, 64, 96, 128), 192: (64, 96, 128, 160, 192),
-    256: (64, 96, 128, 160, 192, 224, 256),
-}  # fmt: skip
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """Compile-time choices of one GEMM kernel: what tuning decides (tvmmoe.tuning)."""
-
-    weight_format: WeightFormat
-    tile_m: int  # tokens of a tile, wgmma's N
-    mi: int  # 64-row fragments a warpgroup
-    ks: int  # warpgroups that share rows and split K
-    warpgroups: int  # consumers
-    k_blocks: int  # of a pipeline stage, a multiple of ks
-    max_stages: int = MAX_STAGES
-
-    @property
-    def row_groups(self) -> int:
-        return self.warpgroups // self.ks
-
-    @property
-    def rows(self) -> int:
-        """Weight rows of a tile."""
-        return 64 * self.mi * self.row_groups
-
-    @property
-    def partial_buffers(self) -> int:
-        """Warpgroups' partial sums in shared memory, for two tiles."""
-        return 2 * self.row_groups * (self.ks - 1)
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a producer and a consumer thread, summing to what the launch allots: 384 * 168 or 640 * 96.
-
-        More than that never arrives: setmaxnreg.inc waits for registers that the CTA does not have.
-        """
-        return (40, 232) if self.warpgroups == 2 else (32, 112)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """wgmma widths, ascending: a tile takes the smallest that holds its rows."""
-        return WIDTHS.get(self.tile_m, (self.tile_m,))
-
-    @property
-    def token_box(self) -> int:
-        """Token rows of one TMA box, about an eighth of a tile of several widths; a tile loads whole boxes."""
-        return self.tile_m if len(self.widths) == 1 else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
-
-    @property
-    def scale_bytes(self) -> int:
-        """Scale bytes of a row in one K block."""
-        return K_BLOCK // self.weight_format.block_size
-
-    @property
-    def stage_scale_bytes(self) -> int:
-        """Scale bytes of a row in one stage."""
-        return self.k_blocks * self.scale_bytes
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether weights are the first to leave L2. Beside many tokens they would leave before their line is used up."""
-        return self.tile_m <= 32
-
-    @property
-    def l2_promotion(self) -> int:
-        """CU_TENSOR_MAP_L2_PROMOTION_256B for streamed weights, else 128B."""
-        return 3 if self.is_streamed else 2
-
-    @property
-    def words_per_group(self) -> int:
-        """Words of weights a fragment row that one wgmma group multiplies."""
-        return 2 if self.tile_m * self.mi <= 16 else 1
-
-    @property
-    def is_overlapped(self) -> bool:
-        """Whether a warpgroup decodes while its own last group multiplies.
-
-        Four that own different rows overlap each other: there a second set of fragments only takes registers.
-        """
-        return self.warpgroups == 2 or self.ks > 1
 
 
 class Tile(NamedTuple):
@@ -151,35 +65,6 @@ class Tile(NamedTuple):
     row_block: object
     expert: object
     num_rows: object  # live tokens
-
-
-class SharedMemory(NamedTuple):
-    """How a kernel divides it."""
-
-    x_block: int  # bytes of a K block of tokens
-    w_block: int  # and of weights
-    s_stage: int  # bytes of a stage's scales
-    pitch: int  # bytes of a token's row of results
-    partial_words: int  # of a warpgroup's partial sums
-    stages: int
-    chunk_m: int  # tokens whose results pass through at a time: 32, or fewer where that makes room for another stage
-
-
-def shared_memory(c: GemmConfig, matrices: int, token_bytes: int = 2, reserved: int = 0) -> SharedMemory:
-    """For ``matrices`` 8-column output matrices of a warp's 16 fragment rows; fewer than 2 stages cannot be built.
-
-    ``token_bytes`` an element of the operand; ``reserved`` bytes are for other things.
-    """
-    x_block, w_block = c.tile_m * K_BLOCK * token_bytes, c.rows * K_BLOCK // 2
-    s_stage = c.rows * (c.stage_scale_bytes + 4)
-    pitch = c.mi * 32 * matrices * 2 + 16
-    partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0
-    free = SMEM_BYTES - BARRIER_BYTES - reserved - c.partial_buffers * partial_words * 4
-    stage_bytes = c.k_blocks * (x_block + w_block) + s_stage
-    stages, chunk_m = max(
-        (min(c.max_stages, (free - m * c.warpgroups * pitch) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
-    )
-    return SharedMemory(x_block, w_block, s_stage, pitch, partial_words, stages, chunk_m)
 
 
 class GroupedGemm:
@@ -267,10 +152,16 @@ class GroupedGemm:
         cuda.cta_sync()
 
     def _allocate_more(self, smem: Smem) -> None:
-        """What a subclass needs besides."""
+        """What only this way of multiplying needs: the factors of decode_word."""
+        factors = isa.SHIFT_FACTORS if self.c.decodes_by_multiplying else ()
+        self.shift_factors = smem.alloc(32 * len(factors), "uint32", 8) if factors else None
 
     def _initialize(self) -> None:
-        """What a subclass writes there, by all threads, before they synchronise."""
+        """Write it, before the CTA synchronises."""
+        if self.shift_factors is not None:
+            with if_(self.thread.warp == 0):
+                for i, factor in enumerate(isa.SHIFT_FACTORS):
+                    store_to("uint32", self.shift_factors.ptr_to([32 * i + self.thread.lane]), u32(factor), "shared")
 
     def _advance(self) -> None:
         assign(self.stage, self.stage + 1)
@@ -291,6 +182,13 @@ class GroupedGemm:
     def _produce_operands(self) -> None:
         c = self.c
         weights, tokens = T.address_of(self.weight_map), T.address_of(self.token_map)
+        self.policy = None
+        if c.tile_m > 16 and c.is_streamed:
+            self.policy = T.uint64(isa.EVICT_FIRST)
+        elif c.is_streamed:
+            # Rows that start inside a 64-byte piece share it with the next K block: that must stay until then.
+            is_whole = (self.p.k // 2) & T.int64(63) == T.int64(0)
+            self.policy = let(T.Select(is_whole, T.uint64(isa.EVICT_FIRST), T.uint64(isa.EVICT_NORMAL)))
         with if_(cuda.elect_sync() != u32(0)):
             ptx.prefetch.tensormap(weights)
             ptx.prefetch.tensormap(tokens)
@@ -335,7 +233,7 @@ class GroupedGemm:
         for block in range(c.k_blocks):
             destination = self.ws.ptr_to([stage * self.w_stage + block * self.w_block])
             place = [(step * c.k_blocks + block) * (K_BLOCK // 2), *coordinates]
-            isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, c.is_streamed)
+            isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, self.policy)
 
     def _produce_scales(self, lane) -> None:
         c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
@@ -347,7 +245,7 @@ class GroupedGemm:
             expert = let(self.p.scales + cast(tile.expert, "int64") * (self.p.rows_per_expert * row_bytes))
             offsets = [let(self.p.row(c, tile, row) * self.scale_row_bytes) for row in rows]
             slots = [let(row * self.pitch_of_scales) for row in rows]
-            self._describe(tile, lane, rows, [let(expert + cast(offset, "int64")) for offset in offsets])
+            self._describe(tile, lane, rows, expert, offsets)
             with for_(self.k_steps) as step:
                 cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
                 k_byte = let(step * c.stage_scale_bytes)
@@ -360,8 +258,11 @@ class GroupedGemm:
                 self._advance()
             assign(self.item, self.item + NUM_CTAS)
 
-    def _describe(self, tile: Tile, lane, rows, scales) -> None:
-        """What a subclass lets the scale warps find out about a tile before they copy the scales of its rows."""
+    def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
+        """What a subclass lets the scale warps find out about a tile before they copy the scales of its rows.
+
+        Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
+        """
 
     def _copy_scales(self, slot, source, left) -> None:
         """One row's scales of a stage, ``left`` bytes of them before the row ends; zeros after it."""
@@ -388,6 +289,9 @@ class GroupedGemm:
         c, thread = self.c, self.thread
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
+        self.factors = None
+        if c.decodes_by_multiplying:
+            self.factors = [load("uint32", self.shift_factors.ptr_to([32 * i + thread.lane]), "shared") for i in range(2)]
         self.acc = [regs(self.acc_count, "float32") for _ in range(c.mi)]
         self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(1 + c.is_overlapped)]
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
@@ -488,12 +392,13 @@ class GroupedGemm:
         for mi, r in pairs:
             for i in words:
                 factor = multipliers.first(2 * mi + r, word + i)
-                isa.decode_word(self.words[mi][r][word + i], factor, fragments[mi], 8 * i + r)
+                isa.decode_word(self.words[mi][r][word + i], factor, fragments[mi], 8 * i + r, self.factors)
         if multipliers.is_large is not None:
             with if_(multipliers.is_large):
                 for mi, r in pairs:
                     for i in words:
-                        isa.decode_word(self.words[mi][r][word + i], u32(isa.TWO_POW_126), fragments[mi], 8 * i + r)
+                        isa.decode_word(
+                            self.words[mi][r][word + i], u32(isa.TWO_POW_126), fragments[mi], 8 * i + r, self.factors)
                         isa.scale_again(fragments[mi], multipliers.second(2 * mi + r), 8 * i + r)
 
     def _release_previous(self) -> None:

@@ -25,7 +25,6 @@ class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
     knows_tiles = False  # the kernel before this one writes the tile list
-    fp8_columns_at_once = 128  # summed by fp8 wgmma alone (gemm_fp8.py): z is rounded to e4m3 afterwards
 
     def __init__(self, a, is_gated: bool):
         self.a, self.is_gated = a, is_gated

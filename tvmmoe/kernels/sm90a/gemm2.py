@@ -17,7 +17,6 @@ class Gemm2:
     name = "gemm2"
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
-    fp8_columns_at_once = 256  # summed by fp8 wgmma alone (gemm_fp8.py)
 
     def __init__(self, a):
         self.a = a

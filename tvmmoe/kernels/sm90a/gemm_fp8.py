@@ -71,14 +71,11 @@ class Fp8Gemm(GroupedGemm):
     token_dtype, token_bytes = "uint8", 1
 
     def __init__(self, a, config: GemmConfig, problem):
-        assert config.ks == 1 and config.weight_format == WeightFormat.mxfp4, config
+        assert (config.tile_m, config.ks, config.warpgroups) == (128, 1, 2), config
+        assert config.weight_format == WeightFormat.mxfp4, config
         super().__init__(a, config, problem)
         self.is_state_early = False
-        if config.warpgroups == 2:  # scale warps look at whole rows: as many registers as the sums leave, 384 * 168 in all
-            sums = config.mi * config.tile_m  # registers of a thread, acc and part together
-            self.registers = (88, 208) if sums <= 160 else (56, 224) if sums <= 176 else (40, 232)
-        # k32 steps between two promotions, over all K blocks of a stage at most
-        self.steps_at_once = min(problem.fp8_columns_at_once // 32, 4 * config.k_blocks)
+        self.registers = 88, 208  # 384 * 168 in all: scale warps look at whole rows and take what the sums leave
 
     def reserved_bytes(self) -> int:
         c = self.c
@@ -109,13 +106,14 @@ class Fp8Gemm(GroupedGemm):
 
     # ---------------------------------------------------------------------------------------------------- scale warps
 
-    def _describe(self, tile: Tile, lane, rows, scales) -> None:
+    def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
         c = self.c
         buffer, parity = self._info()
         cuda.mbarrier_wait(self.info_empty.ptr_to([buffer]), parity ^ u32(1))
         outside = scalar("int32", T.int32(0))
         self._describe_tokens(tile, lane, buffer, outside)
-        for row, start in zip(rows, scales, strict=True):
+        starts = [let(expert + cast(offset, "int64")) for offset in offsets]
+        for row, start in zip(rows, starts, strict=True):
             with if_(row < c.rows):
                 self._describe_row(tile, row, start, buffer, outside)
         is_outside = let(T.cuda.any_sync(u32(0xFFFFFFFF), outside != 0), "int32")
@@ -244,8 +242,8 @@ class Fp8Gemm(GroupedGemm):
             if_else(tile.num_rows <= widths[0], main_loop, lambda: self._at_width(tile, widths[1:]))
 
     def _multiply_stage(self, width: int) -> None:
-        """The K blocks of a stage. A block's four steps are one wgmma group: the other warpgroups' groups run beside what
-        this one decodes and promotes, and ptxas serialises what is cut finer."""
+        """The K blocks of a stage, whose sums are then promoted. A block's four steps are one wgmma group: the other
+        warpgroups' groups run beside what this one decodes and promotes, and ptxas serialises what is cut finer."""
         c = self.c
         low = self._descriptors()
         for block in range(c.k_blocks):
@@ -255,20 +253,16 @@ class Fp8Gemm(GroupedGemm):
                 for mi in range(c.mi):
                     for r in range(2):
                         fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r)
-            for first in range(0, 4, self.steps_at_once):
-                words = range(first, min(first + self.steps_at_once, 4))
-                ptx.wgmma.fence.sync.aligned()
-                for word in words:
-                    descriptor = isa.shared_descriptor(low + u32((block * self.x_block + word * 32) >> 4))
-                    for mi in range(c.mi):
-                        is_sum = (4 * block + word) % self.steps_at_once > 0
-                        fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
-                ptx.wgmma.commit_group.sync.aligned()
-                ptx.wgmma.wait_group.sync.aligned(0)
-                if (block, words[-1]) == (c.k_blocks - 1, 3):
-                    self._release()
-                if (4 * block + words[-1] + 1) % self.steps_at_once == 0:
-                    self._promote(width)
+            ptx.wgmma.fence.sync.aligned()
+            for word in range(4):
+                descriptor = isa.shared_descriptor(low + u32((block * self.x_block + word * 32) >> 4))
+                for mi in range(c.mi):
+                    is_sum = block + word > 0
+                    fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
+            ptx.wgmma.commit_group.sync.aligned()
+            ptx.wgmma.wait_group.sync.aligned(0)
+        self._release()
+        self._promote(width)
 
     def _promote(self, width: int) -> None:
         """The zeros cost nothing; without them ptxas serialises every wgmma (C7511), though the next one overwrites."""
@@ -305,12 +299,10 @@ class Fp8Gemm(GroupedGemm):
         c = self.c
         row_bytes = self.p.padded_k // 32
         self._warpgroup_sync()
-        for first in range(0, c.tile_m, 128):
-            token = let(first + self.thread.tid % 128)
-            with if_(token < c.tile_m):
-                row = cast(tile.token_tile * c.tile_m + token, "int64")
-                word = load("uint32", address(self.p.operand_scales, row * row_bytes + cast(block * 4, "int64")))
-                I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
+        token = let(self.thread.tid % 128)  # a thread each
+        row = cast(tile.token_tile * c.tile_m + token, "int64")
+        word = load("uint32", address(self.p.operand_scales, row * row_bytes + cast(block * 4, "int64")))
+        I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
         self._warpgroup_sync()
 
     def _multiply_scale_block(self, block, quad, low) -> None:
@@ -319,7 +311,6 @@ class Fp8Gemm(GroupedGemm):
         rows = [fp8.half_powers(self._scale_byte(block, row, quad)) for row in range(2 * c.mi)]
         shift = let(cast(quad, "uint32") * u32(8))
         for first in range(0, c.tile_m, EXACT_TOKENS):
-            width = min(EXACT_TOKENS, c.tile_m - first)
             for word in range(4):
                 fragments = self.fragments[0]
                 for mi in range(c.mi):
@@ -330,10 +321,10 @@ class Fp8Gemm(GroupedGemm):
                 offset = cast(block, "uint32") * u32(self.x_block) + u32(first * 128 + word * 32)
                 descriptor = isa.shared_descriptor(low + (offset >> u32(4)))
                 for mi in range(c.mi):
-                    fp8.wgmma(width, self.part[mi], fragments[mi], descriptor, word > 0)
+                    fp8.wgmma(EXACT_TOKENS, self.part[mi], fragments[mi], descriptor, word > 0)
                 ptx.wgmma.commit_group.sync.aligned()
                 ptx.wgmma.wait_group.sync.aligned(0)
-            for n in range(width // 8):
+            for n in range(EXACT_TOKENS // 8):
                 self._add_scaled(n, first, rows, shift)
 
     def _add_scaled(self, n: int, first: int, rows, shift) -> None:

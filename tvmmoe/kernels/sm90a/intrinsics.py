@@ -17,18 +17,18 @@ from tvmmoe.kernels.sm90a.trace import assign, cast, cuda, let, ptx, regs, scala
 
 NVFP4_SHIFT = 8
 SQRT_HALF = 0.707106769084930419921875  # as float32
-EVICT_FIRST = 0x12F0000000000000  # L2 policy of weights, which one pass reads once
+EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000  # L2 policies
 TMA = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
 TWO_POW_126 = 0x7E807E80  # bf16 pair
 _MAX_FAST_UE8M0 = 128
 
 
-def tma_load(rank: int, destination, descriptor, coordinates, barrier, is_streamed: bool = False) -> None:
-    """Tile of ``descriptor`` at ``coordinates`` (innermost first) into shared memory."""
-    if is_streamed:
-        ptx[TMA.format(rank) + ".L2::cache_hint"](destination, descriptor, *coordinates, barrier, T.uint64(EVICT_FIRST))
-    else:
+def tma_load(rank: int, destination, descriptor, coordinates, barrier, policy=None) -> None:
+    """Tile of ``descriptor`` at ``coordinates`` (innermost first) into shared memory; ``policy`` of L2 is a uint64."""
+    if policy is None:
         ptx[TMA.format(rank)](destination, descriptor, *coordinates, barrier)
+    else:
+        ptx[TMA.format(rank) + ".L2::cache_hint"](destination, descriptor, *coordinates, barrier, policy)
 
 
 def copy_async(destination, source, size: int, num_bytes) -> None:
@@ -52,12 +52,28 @@ def wgmma(tile_m: int, acc, a, descriptor, accumulate) -> None:
     ptx[name](*[acc[i] for i in range(tile_m // 2)], *a, descriptor, accumulate, 1, 1, 0)
 
 
-def decode_word(word, multiplier, destination, r: int) -> None:
-    """Eight e2m1 of ``word`` -> four bf16 pairs: destination[4 * step + 2 * h + r] of MMA steps 0 and 1."""
+# Multipliers of decode_word. Every lane reads its own copy from shared memory, so that ptxas neither knows them (it would
+# turn a multiplication by a known power of two into LEA, on the ALU, which limits the main loop) nor keeps them in uniform
+# registers (IMAD takes none beside a literal).
+SHIFT_FACTORS = (64, 4)
+
+
+def decode_word(word, multiplier, destination, r: int, factors) -> None:
+    """Eight e2m1 of ``word`` -> four bf16 pairs: destination[4 * step + 2 * h + r] of MMA steps 0 and 1.
+
+    With ``factors``, registers that hold SHIFT_FACTORS: a nibble n = 8 s + eem times 64 has eem in place and s in bit 9;
+    adding 0x7E00 carries s into bit 15 and leaves bits 14:9 to be cleared. That is two ALU operations a pair; without
+    factors, by shifts, it is up to four.
+    """
+    upper = let(word >> u32(8)) if factors else None
     for position in range(4):
-        magnitude = (word << u32(6 - 4 * position)) if position < 2 else (word >> u32(4 * position - 6))
-        sign = (word << u32(12 - 4 * position)) if position < 3 else word
-        pair = let((magnitude & u32(0x01C001C0)) | (sign & u32(0x80008000)))
+        if factors:
+            nibbles = (word if position < 2 else upper) & u32((0x000F000F, 0x00F000F0)[position % 2])
+            pair = let((nibbles * factors[position % 2] + u32(0x7E007E00)) & u32(0x81C081C0))
+        else:
+            magnitude = (word << u32(6 - 4 * position)) if position < 2 else (word >> u32(4 * position - 6))
+            sign = (word << u32(12 - 4 * position)) if position < 3 else word
+            pair = let((magnitude & u32(0x01C001C0)) | (sign & u32(0x80008000)))
         ptx["mul.rn.bf16x2"](destination[position // 2 * 4 + position % 2 * 2 + r], pair, multiplier)
 
 

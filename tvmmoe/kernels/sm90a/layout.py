@@ -13,6 +13,7 @@ and whoever writes an activation (gather, gemm1) writes it in this order, with r
 from collections.abc import Callable
 from typing import Any
 
+from tvmmoe.config import WeightFormat
 from tvmmoe.workspace import Slice, max_num_tiles, pack
 
 K_BLOCK = 128
@@ -67,7 +68,13 @@ def slices(
 
 
 def workspace_bytes(
-    num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int, local_num_experts: int, tile_m: int
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    local_num_experts: int,
+    tile_m: int,
+    weight_format: WeightFormat | None = None,
 ) -> int:
-    """Bytes of workspace that one call needs."""
+    """Bytes of workspace that one call needs; ``weight_format`` matters on other targets only."""
     return slices(num_tokens, top_k, hidden_size, intermediate_size, local_num_experts, tile_m)[1]

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prologue: route, permute and gather as one kernel for a few tokens, where three launches cost more than the work.
+"""Kernels between the logits and gemm1 for few pairs, where launches and latencies cost more than the work.
 
-    grid     num_tokens * ceil(H / 2048) CTAs of 8 warps; each CTA routes and places all tokens, CTA 0 writes the results
-    route    warp w takes token w
-    place    thread i takes pair i and compares it with every other: its rank and count inside its expert, then the tiles
-             of lower experts. Rows come out as permute.scatter makes them.
-    gather   a thread takes 8 columns of the CTA's token
+    prologue   route, permute and gather as one kernel. Each CTA routes all tokens and places the pairs of its own; one
+               more CTA writes ids and weights, which only finalize reads
+    arrange    permute and gather as one kernel, after route. Each CTA reads the choices of all tokens
+
+    grid       num_tokens * ceil(H / 2048) CTAs of 8 warps; a thread gathers 8 columns of the CTA's token
+    place      a warp a slot: rank = pairs of the expert before this one, first tile = tiles of lower experts, both
+               summed over 32 lanes
+
+Rows come out as permute.scatter makes them.
 """
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
+from tvmmoe.kernels.sm90a.gemm import PAST_L1
 from tvmmoe.kernels.sm90a.permute import rows_per_tile
-from tvmmoe.kernels.sm90a.route import Router
+from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -25,80 +30,166 @@ from tvmmoe.kernels.sm90a.trace import (
     if_,
     kernel,
     let,
+    load,
+    load_vec4,
     ptx,
     scalar,
     store_to,
+    warp_add_s32,
 )  # fmt: skip
 
-MAX_TOKENS = 8  # a warp each
-MAX_PAIRS = 128
-THREADS = 32 * MAX_TOKENS
+MAX_TOKENS = 16  # of prologue: two a warp
+MAX_PAIRS = 2048  # of arrange
 COLUMNS = THREADS * 8
 
 
 def is_small(a):
-    """Whether the kernel takes the call (host expression)."""
-    return T.And(a.num_tokens <= MAX_TOKENS, a.num_tokens * a.top_k <= MAX_PAIRS)
+    """Whether ``prologue`` takes the call (host expression)."""
+    return T.And(a.num_tokens <= MAX_TOKENS, a.num_tokens * a.num_experts <= ENTRIES)
+
+
+def is_medium(a):
+    """Whether ``arrange`` takes the call (host expression)."""
+    return a.num_tokens * a.top_k <= MAX_PAIRS
 
 
 def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     """Emit the kernel for one activation format."""
     segments = segments_of(a, COLUMNS)
-    with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
+    with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
-        router = Router(smem, MAX_TOKENS)
-        experts, tiles, rows = (smem.alloc(MAX_PAIRS, "int32", 128) for _ in range(3))
+        router, placement = Router(a, smem, MAX_TOKENS), Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
         smem.commit()
-        token = let(thread.cta // cast(segments, "int32"))
-        chunk = Chunk(a, form, token, thread.cta % cast(segments, "int32"), thread, COLUMNS)
+        num_tokens = let(cast(a.num_tokens, "int32"))
+        token = let(thread.cta // cast(segments, "int32"))  # num_tokens for the CTA that writes ids and weights
+        segment = let(thread.cta % cast(segments, "int32"))
+        chunk = Chunk(a, form, let(T.min(token, num_tokens - 1)), segment, thread, COLUMNS)
+        placement.clear()
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
+        router.begin(thread, T.int32(0), num_tokens)
         chunk.load()
-        top_k = let(cast(a.top_k, "int32"))
-        with if_(thread.warp < cast(a.num_tokens, "int32")):
-            t = router.token(a, thread.warp, thread)
-            expert, weight = t.route()
-            with if_(thread.cta == 0):
-                t.write(expert, weight)
-            with if_(thread.lane < top_k):
-                local = let(expert - cast(a.local_expert_offset, "int32"))
-                is_local = T.And(local >= 0, local < cast(a.local_num_experts, "int32"))
-                I.buffer_store(experts, T.Select(is_local, local, T.int32(-1)), [thread.warp * top_k + thread.lane])
+        router.write_keys()
         cuda.cta_sync()
-        _place(a, thread, experts, tiles, rows, let(cast(a.num_tokens, "int32") * top_k), tile_m)
+        with for_((num_tokens + WARPS - 1) // WARPS) as i:
+            routed = let(i * WARPS + thread.warp)
+            with if_(routed < num_tokens):
+                expert, share = router.choose(routed)
+                with if_(token == num_tokens):
+                    router.write(routed, expert, router.weigh(routed, expert, share))
+                with if_(thread.lane < router.top_k):
+                    placement.put(routed * router.top_k + thread.lane, expert)
         cuda.cta_sync()
-        chunk.write(lambda k: rows[token * top_k + k])
+        with if_(token < num_tokens):
+            placement.place(token, segment == 0)
+        cuda.cta_sync()
+        with if_(token < num_tokens):
+            chunk.write(placement.row)
 
 
-def _place(a, thread, experts, tiles, rows, num_pairs, tile_m: int) -> None:
-    """Fill ``rows`` with every pair's row, -1 for other ranks' experts; CTA 0 describes the tiles."""
-    pair, mine = let(thread.tid), scalar("int32", T.int32(-1))
-    rank, count = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
-    with if_(pair < num_pairs):
-        assign(mine, experts[pair])
-        with for_(num_pairs) as other:
-            same = let(cast(experts[other] == mine, "int32"))
-            assign(count, count + same)
-            assign(rank, rank + T.Select(other < pair, same, T.int32(0)))
-        is_first = T.And(mine >= 0, rank == 0)
-        I.buffer_store(tiles, T.Select(is_first, (count + tile_m - 1) // tile_m, T.int32(0)), [pair])
-    cuda.cta_sync()
-    first_tile, num_tiles, row = scalar("int32", T.int32(0)), scalar("int32", T.int32(0)), scalar("int32", T.int32(-1))
-    with if_(pair < num_pairs):
-        with for_(num_pairs) as other:
-            others = let(tiles[other])
-            assign(num_tiles, num_tiles + others)
-            assign(first_tile, first_tile + T.Select(experts[other] < mine, others, T.int32(0)))
-        share = let(rows_per_tile(count, tile_m))
-        tile = let(first_tile + rank // share)
-        with if_(mine >= 0):
-            assign(row, tile * tile_m + rank % share)
-        I.buffer_store(rows, row, [pair])
-        with if_(thread.cta == 0):
-            store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), cast(pair, "int64") * 4), row)
-            with if_(pair == 0):
-                store_to("int32", address(a.ws["num_tiles"]), num_tiles)
-            with if_(T.And(mine >= 0, rank % share == 0)):
-                store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), mine)
-                live = let(T.min(count - rank, share))
+def arrange(a, form: ActivationFormat, tile_m: int) -> None:
+    """Emit the kernel for one activation format."""
+    segments = segments_of(a, COLUMNS)
+    with kernel(f"arrange_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
+        smem = Smem()
+        placement = Placement(a, smem, thread, tile_m, MAX_PAIRS)
+        smem.commit()
+        token, segment = let(thread.cta // cast(segments, "int32")), let(thread.cta % cast(segments, "int32"))
+        chunk = Chunk(a, form, token, segment, thread, COLUMNS)
+        chunk.load(PAST_L1)  # route started after everything that writes it had ended
+        placement.clear()
+        cuda.cta_sync()
+        ptx.griddepcontrol.wait()
+        ptx.griddepcontrol.launch_dependents()
+        num_pairs = let(cast(a.num_tokens * a.top_k, "int32"))
+        pairs = [let(i * THREADS + thread.tid) for i in range(MAX_PAIRS // THREADS)]
+        experts = [scalar("int32") for _ in pairs]
+        for pair, expert in zip(pairs, experts, strict=True):
+            with if_(pair < num_pairs):
+                assign(expert, load("int32", address(a.ws["topk_ids"], cast(pair, "int64") * 4)))
+        for pair, expert in zip(pairs, experts, strict=True):
+            with if_(pair < num_pairs):
+                placement.put(pair, expert)
+        cuda.cta_sync()
+        placement.place(token, segment == 0)
+        cuda.cta_sync()
+        chunk.write(placement.row)
+
+
+class Placement:
+    """Rows of one token's pairs, from the experts of all pairs."""
+
+    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int):
+        self.a, self.thread, self.tile_m = a, thread, tile_m
+        self._experts = smem.alloc(max_pairs, "int32", 128)  # local; -1: another rank's
+        self._counts = smem.alloc(MAX_EXPERTS, "int32", 128)  # pairs of every local expert
+        self._rows = smem.alloc(MAX_TOP_K, "int32", 128)
+        self.num_local = let(cast(a.local_num_experts, "int32"))
+        self.top_k = let(cast(a.top_k, "int32"))
+
+    def clear(self) -> None:
+        """Zero the counts; the CTA synchronises before :meth:`put`."""
+        with for_((self.num_local + THREADS - 1) // THREADS) as i:
+            I.buffer_store(self._counts, T.int32(0), [i * THREADS + self.thread.tid])
+
+    def put(self, pair, expert) -> None:
+        """Note a pair's expert; the CTA synchronises before :meth:`place`."""
+        local = let(expert - cast(self.a.local_expert_offset, "int32"))
+        is_local = T.And(local >= 0, local < self.num_local)
+        I.buffer_store(self._experts, T.Select(is_local, local, T.int32(-1)), [pair])
+        with if_(is_local):
+            I.evaluate(T.cuda.atomic_add(self._counts.ptr_to([local]), T.int32(1)))
+
+    def row(self, slot):
+        """Row of a slot of the token, -1 for another rank's; the CTA synchronises after :meth:`place`."""
+        return self._rows[slot]
+
+    def place(self, token, is_writer) -> None:
+        """Place the token's pairs, a warp a slot; a writer also stores their results."""
+        with for_((self.top_k + WARPS - 1) // WARPS) as i:
+            slot = let(i * WARPS + self.thread.warp)
+            with if_(slot < self.top_k):
+                pair = let(token * self.top_k + slot)
+                mine = let(self._experts[pair])
+                rank, first_tile = self._rank(pair, mine), self._tiles_below(mine)
+                rows = let(self._counts[T.max(mine, 0)])
+                share = let(rows_per_tile(rows, self.tile_m))
+                tile = let(first_tile + rank // share)
+                row = let(T.Select(mine >= 0, tile * self.tile_m + rank % share, T.int32(-1)))
+                with if_(self.thread.lane == 0):
+                    I.buffer_store(self._rows, row, [slot])
+                    with if_(is_writer):
+                        self._write(pair, mine, row, tile, rank, rows, share)
+        with if_(T.And(self.thread.cta == 0, self.thread.warp == WARPS - 1)):
+            num_tiles = self._tiles_below(self.num_local)
+            with if_(self.thread.lane == 0):
+                store_to("int32", address(self.a.ws["num_tiles"]), num_tiles)
+
+    def _rank(self, pair, mine):
+        """Pairs before ``pair`` with the same expert; every lane gets the sum."""
+        count = scalar("int32", T.int32(0))
+        with for_((pair + 127) // 128) as i:
+            first = let((i * 32 + self.thread.lane) * 4)
+            experts = load_vec4(self._experts.ptr_to([first]), "shared")
+            for j in range(4):
+                is_before = T.And(cast(experts[j], "int32") == mine, first + j < pair)
+                assign(count, count + cast(is_before, "int32"))
+        return warp_add_s32(count)
+
+    def _tiles_below(self, expert):
+        """Tiles of the local experts below ``expert``; every lane gets the sum."""
+        count = scalar("int32", T.int32(0))
+        with for_((expert + 31) // 32) as i:
+            e = let(i * 32 + self.thread.lane)
+            with if_(e < expert):
+                assign(count, count + (self._counts[e] + self.tile_m - 1) // self.tile_m)
+        return warp_add_s32(count)
+
+    def _write(self, pair, expert, row, tile, rank, rows, share) -> None:
+        a = self.a
+        store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), cast(pair, "int64") * 4), row)
+        with if_(expert >= 0):
+            with if_(rank % share == 0):
+                store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), expert)
+                live = let(T.min(rows - rank, share))
                 store_to("int32", address(a.ws["tile_rows"], cast(tile, "int64") * 4), live)

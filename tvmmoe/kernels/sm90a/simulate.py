@@ -11,7 +11,6 @@ buffer that is overwritten too soon in the other. wgmma happens when it is issue
 
 import re
 
-from tvmmoe.kernels.sm90a import build
 from tvmmoe.kernels.sm120a import simulate as base
 
 _RUNTIME = r"""
@@ -192,32 +191,20 @@ template <int n> void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t
 }
 }  // namespace sim
 
-inline unsigned __any_sync(unsigned, int predicate) {
+inline unsigned __ballot_sync(unsigned, int predicate) {
   sim::self->words[0] = predicate != 0;
   sim::warp_sync();
-  unsigned any = 0;
-  for (int i = 0; i < 32; ++i) any |= sim::lane(i).words[0];
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(sim::lane(i).words[0]) << i;
   sim::warp_sync();
-  return any;
+  return lanes;
 }
-template <class T> T __shfl_xor_sync(unsigned, T value, int distance) {  // also of 8 bytes
-  memcpy(sim::self->words, &value, sizeof(T));
-  sim::warp_sync();
-  memcpy(&value, sim::lane((sim::self->thread.x % 32) ^ distance).words, sizeof(T));
-  sim::warp_sync();
-  return value;
-}
-inline void __syncwarp() { sim::warp_sync(); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-template <class T> T atomicAdd(T* at, T value) { T old = *at; *at += value; return old; }
 """
 
 _INSTRUCTIONS = r"""
 namespace ptx {
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
-inline void griddepcontrol_wait() {}
-inline void griddepcontrol_launch_dependents() {}
 inline void fence_proxy_async_shared_cta() {}
 inline void fence_mbarrier_init_release_cluster() {}
 inline void wgmma_fence_sync_aligned() {}
@@ -251,17 +238,11 @@ void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes(
     uint32_t to, const void* map, int x, int y, int z, int u, int v, uint32_t barrier, Rest...) {
   sim::tma<5>(to, map, {x, y, z, u, v}, barrier);
 }
-template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
 template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); }
 template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
 template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
 template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
-inline void ld_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t p) {
-  if (p % 16) fprintf(stderr, "simulate: misaligned ld.shared.v4\n"), abort();
-  a = at<uint32_t>(p), b = at<uint32_t>(p + 4), c = at<uint32_t>(p + 8), d = at<uint32_t>(p + 12);
-}
 inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b; }
-template <class T> void st_global_b16(const void* p, T v) { memcpy((void*)p, &v, 2); }
 inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();
   const uint32_t words[5] = {a, b, c, d, p};
@@ -272,29 +253,6 @@ inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t 
     for (int h = 0; h < 2; ++h)  // element (row lane / 4, column 2 (lane % 4) + h) goes to row and column exchanged
       at<uint16_t>(sim::lane(8 * m + 2 * (lane % 4) + h).words[4] + 2 * (lane / 4)) = words[m] >> 16 * h;
   sim::warp_sync();
-}
-inline void shfl_sync_bfly_b32(uint32_t& d, uint32_t a, uint32_t distance, uint32_t, uint32_t mask) {
-  d = __shfl_sync(mask, a, (sim::self->thread.x % 32) ^ distance);
-}
-inline void shfl_sync_idx_b32(uint32_t& d, uint32_t a, uint32_t lane, uint32_t, uint32_t mask) {
-  d = __shfl_sync(mask, a, lane);
-}
-inline void shfl_sync_up_b32(int32_t& d, int32_t a, uint32_t distance, uint32_t, uint32_t mask) {
-  const unsigned lane = sim::self->thread.x % 32;
-  const int32_t other = __shfl_sync(mask, a, lane < distance ? lane : lane - distance);
-  d = other;
-}
-inline void match_any_sync_b32(uint32_t& d, uint32_t a, uint32_t) {
-  sim::self->words[0] = a;
-  sim::warp_sync();
-  uint32_t peers = 0;
-  for (int i = 0; i < 32; ++i) peers |= uint32_t(sim::lane(i).words[0] == a) << i;
-  sim::warp_sync();
-  d = peers;
-}
-inline void redux_sync_min_s32(int32_t& d, int32_t a, uint32_t mask) {
-  redux_sync_max_s32(d, ~a, mask);
-  d = ~d;
 }
 template <class F> uint32_t halves(uint32_t a, uint32_t b, F f) {
   return uint32_t(f(a & 0xffff, b & 0xffff)) | uint32_t(f(a >> 16, b >> 16)) << 16;
@@ -316,6 +274,11 @@ inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& d, float high, float low) {
 }  // namespace ptx
 """
 
+_ALLOW_SHARED_MEMORY = r"""
+#include <atomic>
+template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
+"""
+
 
 def _body(name: str) -> str | None:
     """C++ of the helper ``name`` where its asm is no single instruction."""
@@ -333,7 +296,7 @@ def _body(name: str) -> str | None:
 
 def host_source(cuda: str, early: bool = False) -> str:
     """Host C++ of what ``build.cuda_source`` returned."""
-    kernels, host = cuda.removeprefix(build.DRIVER_LOOKUP).split("#include <tvm/ffi/c_api.h>", 1)
+    kernels, host = cuda[cuda.index("#ifdef __CUDACC_RTC__") :].split("#include <tvm/ffi/c_api.h>", 1)
     kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
 
     def replaced(match: re.Match) -> str:
@@ -350,5 +313,5 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
-             _INSTRUCTIONS, kernels, base._HOST)  # fmt: skip
+             _INSTRUCTIONS, kernels, base._HOST, _ALLOW_SHARED_MEMORY)  # fmt: skip
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host

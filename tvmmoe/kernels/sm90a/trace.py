@@ -64,10 +64,13 @@ def kernel_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def kernel(name: str, num_ctas, num_threads: int) -> Iterator[Thread]:
-    """One device region, launched as a grid of ``num_ctas`` (host int32 expression) CTAs."""
+def kernel(name: str, num_ctas, num_threads: int, ctas_per_sm: int = 1) -> Iterator[Thread]:
+    """One device region, launched as a grid of ``num_ctas`` (host int32 expression) CTAs.
+
+    Registers are limited so that ``ctas_per_sm`` fit.
+    """
     _names.append(name)
-    with I.attr({"tirx.device_entry": T.bool(True)}), I.attr({"tirx.launch_bounds_min_blocks_per_sm": 1}):
+    with I.attr({"tirx.device_entry": T.bool(True)}), I.attr({"tirx.launch_bounds_min_blocks_per_sm": ctas_per_sm}):
         cta = I.cta_id([num_ctas], dtype="int32")
         warp = I.warp_id([num_threads // 32])
         lane = I.lane_id([32])
@@ -199,6 +202,12 @@ def warp_max_s32(value):
 def warp_min_s32(value):
     out = scalar("int32")
     ptx["redux_sync.min.s32"](out, value, u32(0xFFFFFFFF))
+    return out
+
+
+def warp_add_s32(value):
+    out = scalar("int32")
+    ptx["redux_sync.add.s32"](out, value, u32(0xFFFFFFFF))
     return out
 
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build command beside its compilers: what it writes into a manifest, and how files come to be called verified."""
+
+import json
+import shutil
+
+import pytest
+
+import tvmmoe
+from tvmmoe import loader
+from tvmmoe.config import WeightFormat
+
+build = pytest.importorskip("tvmmoe.build")
+SM120A = build.CUDA_TARGETS["sm120a"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The sm120a artifacts and the whole manifest."""
+    shutil.copytree(loader.artifacts_dir() / "sm120a", tmp_path / "sm120a")
+    shutil.copy(loader.artifacts_dir() / "manifest.json", tmp_path)
+    return tmp_path
+
+
+def test_verified_files_are_noted_and_nothing_else(folder, capsys):
+    before = json.loads((folder / "manifest.json").read_text())
+    build.main(["--target", "sm120a", "--out", str(folder), "--verified", "measured"])
+    assert capsys.readouterr().out.count("measured\n") == 2
+    after = json.loads((folder / "manifest.json").read_text())
+    for file, record in after["files"].items():
+        assert record["verified"] == ("measured" if record["target"] == "sm120a" else before["files"][file]["verified"])
+        record["verified"] = before["files"][file]["verified"]
+    assert after == before and list(after["files"]) == list(before["files"])
+
+
+def test_files_that_are_not_the_manifests_are_not_verified(folder):
+    file = next((folder / "sm120a").glob("*.so"))
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(tvmmoe.ArtifactError, match="sha256 differs"):
+        build.main(["--target", "sm120a", "--out", str(folder), "--verified", "measured"])
+    assert (folder / "manifest.json").read_text() == (loader.artifacts_dir() / "manifest.json").read_text()
+
+
+def test_rebuilt_target_replaces_its_own_records(folder, monkeypatch):
+    """A build with a compiler that is made up: what was verified before is so no longer."""
+
+    def compile_so(source, path, *gencodes):
+        assert source == "source" and gencodes == SM120A.gencodes and len(gencodes) == 2
+        path.write_bytes(b"built")
+
+    monkeypatch.setattr(SM120A.build, "compile_so", compile_so)
+    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format: "source")
+    before = loader.manifest(folder)
+    build.main(["--target", "sm120a", "--out", str(folder)])
+    loader.manifest.cache_clear()
+    after = loader.manifest(folder)
+    mine = [record for record in after.files.values() if record["target"] == "sm120a"]
+    assert [(record["verified"], record["bytes"]) for record in mine] == [("compiled", 5)] * 2
+    assert set(after.files) == set(before.files) and set(after.entries) == set(before.entries)
+    others = {file: record for file, record in before.files.items() if record["target"] != "sm120a"}
+    assert {file: after.files[file] for file in others} == others
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_limits_are_the_targets_own_until_they_are_measured(weight_format, tmp_path, monkeypatch):
+    tiles = [variant.tile_m for variant in build.shipped_variants(SM120A, weight_format)]
+    assert build.limits_of(SM120A, tiles) == SM120A.default_limits and list(SM120A.default_limits) == tiles
+    path = tmp_path / "crossovers.json"
+    rows = [dict(shape="a", rows_per_expert=r, us={"8": 10.0 * r, "32": 20.0}) for r in (1, 4)]
+    path.write_text(json.dumps(dict(rows=rows)))
+    monkeypatch.setattr("tvmmoe.crossovers.path_of", lambda target: path)
+    monkeypatch.setattr(build, "path_of", lambda target: path)
+    assert build.limits_of(SM120A, [8, 32]) == {8: 0.0, 32: 2.0}
+
+
+def test_activation_formats_of_a_target():
+    assert SM120A.activation_formats(WeightFormat.mxfp4)[-1] == "mxfp8"
+    assert build.CUDA_TARGETS["sm90a"].activation_formats(WeightFormat.nvfp4) == ["bf16", "nvfp4"]
+
+
+def test_unknown_target_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        build.main(["--target", "sm75"])
+    assert "argument --target: invalid choice: 'sm75'" in capsys.readouterr().err
