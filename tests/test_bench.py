@@ -115,7 +115,7 @@ def test_shapes_make_valid_calls(name):
 def test_stages_are_named(tiny, capsys):
     assert bench.main("--shape tiny --tokens 1,40,2100 --rounds 1 --stages --device cuda".split()) == 0
     printed = capsys.readouterr().out
-    for stage in ("prologue_bf16", "route", "arrange_bf16", "count", "scatter", "gather_bf16", "gemm1_gated", "gemm2", "finalize"):
+    for stage in "prologue_bf16 route arrange_bf16 count scatter gather_bf16 gemm1_gated gemm2 finalize".split():
         assert f"{stage} " in printed
 
 

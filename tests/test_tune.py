@@ -423,8 +423,8 @@ def committed():
 def test_committed_records_hold_for_todays_definitions(target, stage):
     """Record -> decisions -> TIR: the stored hash is that of today's definition, and every trace applies to it."""
     folder = records.folder_of(target.TARGET, stage)
-    hashes = {json.loads(line)[0] for line in (folder / "database_workload.json").read_text().splitlines()}
-    database = records.Database(folder)
+    hashes = {json.loads(line)[0] for line in records.contents_of(folder)[0].splitlines()}
+    database = records.read(folder)
     assert records.load(target.TARGET, stage)[1] == [] and database.by_label
     for label, known in database.by_label.items():
         task = Task.of_label(target.TARGET, stage, label)

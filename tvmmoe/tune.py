@@ -125,8 +125,13 @@ def tune(
     """Search every task, with a progress bar over all trials."""
     deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
     trials = [len(target.configs(task)) if options.exhaustive else options.trials for task in tasks]
-    databases = {s: records.Database(records.folder_of(target.TARGET, s, options.out)) for s in options.stage}
-    with tempfile.TemporaryDirectory() as temporary, Progress(*COLUMNS, console=console) as progress:
+    folders = {stage: records.folder_of(target.TARGET, stage, options.out) for stage in options.stage}
+    with contextlib.ExitStack() as stack:
+        for place in folders.values():
+            stack.enter_context(records.plain(place))
+        databases = {stage: records.Database(place) for stage, place in folders.items()}
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
+        progress = stack.enter_context(Progress(*COLUMNS, console=console))
         folder = options.cache or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bar = progress.add_task("", total=sum(trials))

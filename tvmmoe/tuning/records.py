@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning records: schedules/<target>/<stage>/database_*.json, as MetaSchedule writes them, and what follows from them."""
+"""Tuning records: schedules/<target>/<stage>/database_*.json.gz, as MetaSchedule writes them, and what follows from them.
 
+A workload is 150 KB of JSON that repeats the one before it, so the files are packed where nothing is being tuned.
+"""
+
+import contextlib
 import functools
+import gzip
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +36,52 @@ def folder_of(target: str, stage: str, root: Path | None = None) -> Path:
     return (root or data_dir("schedules")) / target / stage
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The plain files of a folder, whether they exist or are packed."""
+    return [folder / f"database_{name}.json" for name in FILES]
+
+
+def packed(path: Path) -> Path:
+    """Where a plain file goes when it is packed."""
+    return path.with_name(path.name + ".gz")
+
+
+def has_records(folder: Path) -> bool:
+    """Whether a folder holds records, plain or packed."""
+    return any(path.is_file() or packed(path).is_file() for path in files_of(folder)[-1:])
+
+
+@contextlib.contextmanager
+def plain(folder: Path) -> Iterator[None]:
+    """Unpack a folder's records while something appends to them. After a crash plain files are left, which then count."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files_of(folder):
+        if packed(path).is_file():
+            if not path.is_file():
+                path.write_bytes(gzip.decompress(packed(path).read_bytes()))
+            packed(path).unlink()
+    try:
+        yield
+    finally:
+        for path in files_of(folder):
+            if path.is_file():
+                packed(path).write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+                path.unlink()
+
+
+def contents_of(folder: Path) -> list[bytes]:
+    """What the plain files of a folder hold, packed or not: workloads and records, a line each."""
+    return [path.read_bytes() if path.is_file() else gzip.decompress(packed(path).read_bytes()) for path in files_of(folder)]
+
+
+def read(folder: Path) -> "Database":
+    """The database of a folder as it is now, packed or not."""
+    with tempfile.TemporaryDirectory() as copy:
+        for path, content in zip(files_of(Path(copy)), contents_of(folder), strict=True):
+            path.write_bytes(content)
+        return Database(Path(copy))
+
+
 def claim_device(target: str, name: str, root: Path | None = None) -> None:
     """Note whose records these are.
 
@@ -47,12 +99,11 @@ def claim_device(target: str, name: str, root: Path | None = None) -> None:
 
 
 class Database:
-    """MetaSchedule's database of a folder, opened once, with its records by the label of their task."""
+    """MetaSchedule's database of a folder with plain files, opened once, with its records by the label of their task."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [str(folder / f"database_{name}.json") for name in FILES]
-        self.database = ms.database.JSONDatabase(*paths, allow_missing=True)
+        self.database = ms.database.JSONDatabase(*map(str, files_of(folder)), allow_missing=True)
         self.by_label: dict[str, list[ms.database.TuningRecord]] = {}
         for record in self.database.get_all_tuning_records():
             self.by_label.setdefault(str(record.workload.mod["main"].attrs[LABEL]), []).append(record)
@@ -78,16 +129,16 @@ class Measurement:
 def load(target: str, stage: str, root: Path | None = None) -> tuple[list[Measurement], list[str]]:
     """Measurements of a stage, and the labels of stale workloads, whose definition has changed since."""
     folder = folder_of(target, stage, root)
-    path = folder / f"database_{FILES[-1]}.json"
-    if not path.is_file():
+    if not has_records(folder):
         return [], []
-    return _load(target, stage, folder, path.stat().st_mtime_ns)
+    path = files_of(folder)[-1]
+    return _load(target, stage, folder, (path if path.is_file() else packed(path)).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
 def _load(target: str, stage: str, folder: Path, _mtime_ns: int) -> tuple[list[Measurement], list[str]]:
     """Reading thousands of records takes seconds."""
-    database, measurements, stale = Database(folder), [], []
+    database, measurements, stale = read(folder), [], []
     for label, records in database.by_label.items():
         task = Task.of_label(target, stage, label)
         current = database.of(task, task.workload())
@@ -101,7 +152,7 @@ def _load(target: str, stage: str, folder: Path, _mtime_ns: int) -> tuple[list[M
 
 def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
     """Stages that have records."""
-    return (s for s in STAGES if (folder_of(target, s, root) / f"database_{FILES[-1]}.json").is_file())
+    return (s for s in STAGES if has_records(folder_of(target, s, root)))
 
 
 Times = dict[tuple, float]  # us by decisions (tasks.key_of)

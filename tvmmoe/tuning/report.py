@@ -67,12 +67,13 @@ def choices(target: ModuleType, stage: str, root: Path | None) -> Iterator[str]:
 
 def in_order(folder: Path) -> dict[str, list[float]]:
     """Times in us by task label in order of measurement, which the loaded database forgets."""
+    workloads, lines = records.contents_of(folder)
     labels = []
-    for line in (folder / f"database_{records.FILES[0]}.json").read_text().splitlines():
+    for line in workloads.splitlines():
         workload = base64.b64decode(json.loads(line)[1]).decode(errors="replace")
         labels.append(re.search(r'"([^"]+_(?:mxfp4|nvfp4)_t\d+_m\d+)"', workload)[1])
     times: dict[str, list[float]] = {}
-    for line in (folder / f"database_{records.FILES[1]}.json").read_text().splitlines():
+    for line in lines.splitlines():
         workload, (_, run_secs, *_) = json.loads(line)
         times.setdefault(labels[workload], []).append(1e6 * statistics.mean(run_secs))
     return times
