@@ -65,6 +65,7 @@ def cuda_source(functions: Sequence[Variant]) -> str:
     return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
 
 
+@functools.cache  # tracing takes seconds
 def fp8_source() -> str:
     """The same of the operator on fp8 wgmma."""
     return packed_source({operator_fp8.SYMBOL: operator_fp8.operator})

@@ -26,7 +26,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
-from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
+from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
@@ -53,7 +53,6 @@ from tvmmoe.kernels.sm90a.trace import (
     while_,
 )  # fmt: skip
 
-NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
 SCALE_LANES = 96  # three warps copy scales
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 
+NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
 SMEM_BYTES = 227 * 1024
 MAX_STAGES = 12
 BARRIER_BYTES = 512  # with decode_word's factors

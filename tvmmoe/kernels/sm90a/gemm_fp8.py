@@ -23,7 +23,8 @@ Errors. Let a product be w x with w = e2m1 * 2^(b - largest + 6), x = e4m3 * 2^(
   promotion, 1.72e-3 for 1.72e-3 with one every 512 columns.) Over K = 4096 it is 1.1e-3 without promotion, 1.8e-4 with one
   every 256 columns and 1.2e-4 every 128. That matters little in the output and much in z: an error that moves a z across a
   midpoint of e4m3 costs a sixteenth of it, and 1.1e-3 becomes 1.5e-2 of the operator's result, 1.2e-4 becomes 2e-3. So gemm1
-  promotes every 128 columns.
+  promotes every 128 columns, gemm2 every 256: once a stage (operator_fp8.GEMM1, GEMM2). Measured on the H100, the operator
+  is 1e-3 to 4.6e-3 off the reference, 7e-3 in one small call.
 
 Outside of the window a tile multiplies one scale block at a time: lanes of other blocks feed zeros, the tokens are the
 bytes as they came (a token outside of the window is not folded), and each block's sum is added with its exact factor
@@ -38,7 +39,8 @@ from tvm.script import tirx as T
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
-from tvmmoe.kernels.sm90a.gemm import NUM_CTAS, SCALE_LANES, GemmConfig, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     I,
