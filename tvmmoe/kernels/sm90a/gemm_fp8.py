@@ -303,7 +303,7 @@ class Fp8Gemm(GroupedGemm):
         self._warpgroup_sync()
         token = let(self.thread.tid % 128)  # a thread each
         row = cast(tile.token_tile * c.tile_m + token, "int64")
-        word = load("uint32", address(self.p.operand_scales, row * row_bytes + cast(block * 4, "int64")))
+        word = load("uint32", address(self.a.ws[self.p.operand_scales], row * row_bytes + cast(block * 4, "int64")))
         I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
         self._warpgroup_sync()
 
