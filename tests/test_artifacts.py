@@ -58,13 +58,27 @@ def test_cuda_artifact_is_fresh(target, weight_format):
     assert record["tir_sha256"] == hashlib.sha256(source.encode()).hexdigest()
 
 
+def test_fp8_artifact_is_fresh():
+    build = pytest.importorskip("tvmmoe.kernels.sm90a.build")
+    digest = hashlib.sha256(build.fp8_source().encode()).hexdigest()
+    assert MANIFEST.files[f"sm90a/{build.FP8_FILE}"]["tir_sha256"] == digest
+
+
+def test_fp8_entry_comes_before_those_whose_calls_it_takes():
+    operator = pytest.importorskip("tvmmoe.kernels.sm90a.operator_fp8")
+    (entry,) = (entry for entry in MANIFEST.entries if entry.accumulation == "fp8")
+    assert entry == next(e for e in MANIFEST.entries if e.target == "sm90a" and "mxfp8" in e.activation_formats)
+    assert (entry.weight_format, entry.activation_formats, entry.tile_m) == ("mxfp4", ("mxfp8",), operator.TILE_M)
+    assert (entry.symbol, entry.min_rows_per_expert, entry.max_rows_per_expert) == (operator.SYMBOL, operator.MIN_ROWS, None)
+
+
 @pytest.mark.parametrize("target", CUDA_FILES)
 def test_cuda_entries_are_what_the_build_writes(target):
     pytest.importorskip("tvm")
     from tvmmoe import build
 
     record = build.CUDA_TARGETS[target]
-    for entry in (entry for entry in MANIFEST.entries if entry.target == target):
+    for entry in (e for e in MANIFEST.entries if e.target == target and e.accumulation != "fp8"):
         weight_format = WeightFormat[entry.weight_format]
         assert list(entry.activation_formats) == record.activation_formats(weight_format)
         tiles = sorted(e.tile_m for e in MANIFEST.entries if (e.file, e.target) == (entry.file, target))
@@ -119,7 +133,9 @@ def test_wheel_has_every_folder_of_artifacts_and_kernels():
 
 def test_selection_ranges_touch_and_end_in_a_catch_all():
     groups = {}
-    for entry in (entry for entry in MANIFEST.entries if entry.max_rows_per_expert != 0):  # else it serves nothing
+    for entry in MANIFEST.entries:
+        if entry.max_rows_per_expert == 0 or entry.accumulation == "fp8":  # nothing, or not everything
+            continue
         groups.setdefault((entry.target, entry.weight_format), []).append(entry)
     assert {target for target, _ in groups} >= {"x86-64", "x86-64-v3", "sm90a", "sm120a"}
     for entries in groups.values():

@@ -61,6 +61,27 @@ def test_rebuilt_target_replaces_its_own_records(folder, monkeypatch):
     assert {file: after.files[file] for file in others} == others
 
 
+def test_fp8_entry_takes_calls_before_the_exact_ones(tmp_path, monkeypatch):
+    """Of sm90a's files with a compiler that is made up."""
+    sm90a = build.CUDA_TARGETS["sm90a"]
+
+    def compile_so(source, path, *gencodes):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+
+    monkeypatch.setattr(sm90a.build, "compile_so", compile_so)
+    monkeypatch.setattr(sm90a.build, "fp8_source", lambda: "fp8")
+    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format: weight_format.name)
+    files, entries = build.build_cuda(sm90a, tmp_path)
+    names = ["moe_mxfp4_mxfp8_sm90a.so", "moe_mxfp4_sm90a.so", "moe_nvfp4_sm90a.so"]
+    assert list(files) == [f"sm90a/{name}" for name in names]
+    assert [(tmp_path / file).read_text() for file in files] == ["fp8", "mxfp4", "nvfp4"]
+    first, *others = entries
+    assert (first["accumulation"], first["activation_formats"], first["file"]) == ("fp8", ["mxfp8"], f"sm90a/{names[0]}")
+    assert (first["min_rows_per_expert"], first["max_rows_per_expert"]) == (48, None)
+    assert others and not any("accumulation" in entry for entry in others)
+
+
 @pytest.mark.parametrize("weight_format", WeightFormat)
 def test_limits_are_the_targets_own_until_they_are_measured(weight_format, tmp_path, monkeypatch):
     tiles = [variant.tile_m for variant in build.shipped_variants(SM120A, weight_format)]

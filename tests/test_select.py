@@ -33,7 +33,8 @@ TARGETS = {
 @pytest.fixture(autouse=True)
 def nothing_allowed(monkeypatch):
     """As a user's environment is; and nothing remembered from one test to the next."""
-    monkeypatch.delenv(select.ALLOW_UNVERIFIED, raising=False)
+    for name in (select.ALLOW_UNVERIFIED, select.FP8):
+        monkeypatch.delenv(name, raising=False)
     caches = (torch_op.selected_plan, torch_op._warn_once, select.targets_of)
     for cache in caches:
         cache.cache_clear()
@@ -159,6 +160,47 @@ def test_selection_is_made_once_a_problem(monkeypatch):
     assert len(seen) == 1
     tvmmoe.trtllm_fp4_block_scale_moe(**make_case(num_tokens=4, **sizes))
     assert len(seen) == 2
+
+
+def with_fp8(verified: str = "measured") -> Manifest:
+    """sm90a with fp8 accumulation for mxfp8 from 8 rows an expert on."""
+    source = made_up(sm90a="measured")
+    files = source.files | {"sm90a/fp8.so": dict(target="sm90a", verified=verified)}
+    entry = Entry("sm90a", "mxfp4", ("mxfp8",), 128, 8, None, "fp8", "sm90a/fp8.so", accumulation="fp8")
+    return Manifest(source.folder, files, (entry, *source.entries))
+
+
+def symbol(source: Manifest, rows: int, activation_format: str = "mxfp8") -> str:
+    p = problem(1, activation_format)
+    p = dataclasses.replace(p, num_tokens=rows * p.num_experts // p.top_k)
+    assert select.rows_per_expert(p) == rows
+    return select.select(source, ("sm90a",), p).symbol
+
+
+@pytest.mark.parametrize("value, chosen", [(None, "m64"), ("0", "m64"), ("", "m64"), ("1", "fp8")])
+def test_fp8_accumulation_is_asked_for(value, chosen, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv(select.FP8, value)
+    assert symbol(with_fp8(), 8) == chosen
+
+
+def test_fp8_accumulation_serves_its_own_calls_alone(monkeypatch):
+    monkeypatch.setenv(select.FP8, "1")
+    assert symbol(with_fp8(), 4) == symbol(with_fp8(), 8, "bf16") == "m64"
+    assert symbol(with_fp8("compiled"), 8) == "m64"
+    monkeypatch.setenv(select.ALLOW_UNVERIFIED, "1")
+    assert symbol(with_fp8("compiled"), 8) == "fp8"
+
+
+def test_fp8_variable_is_read_at_the_first_call_of_a_problem(monkeypatch):
+    source = with_fp8()
+    monkeypatch.setattr(loader, "manifest", lambda: source)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch_op, "plan", lambda problem, entry: entry.symbol)
+    first, second = (problem(n, "mxfp8", "cuda:3") for n in (200, 300))
+    assert torch_op.selected_plan(first) == "m64"
+    monkeypatch.setenv(select.FP8, "1")
+    assert [torch_op.selected_plan(p) for p in (first, second)] == ["m64", "fp8"]
 
 
 @pytest.mark.parametrize("target", ["sm90a", "sm120a"])

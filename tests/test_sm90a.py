@@ -92,10 +92,10 @@ def entry(weight_format: WeightFormat, tile_m: int):
     return tvm_ffi.load_module(str(path))[f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}"]
 
 
-def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool) -> list[torch.Tensor]:
-    """Run one variant on poisoned workspace and results; the ids chosen are the last result."""
+def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None) -> list[torch.Tensor]:
+    """Run one variant (``function``, or that of the artifacts) on poisoned workspace and results; the ids are the last."""
     tokens, hidden_size, pairs = case.num_tokens, case.hidden_size, case.num_tokens * case.top_k
-    make = functools.partial(torch.empty, device="cuda")
+    make = functools.partial(torch.empty, device=kwargs["hidden_states"].device)
     ids = poison(make(tokens, case.top_k, dtype=torch.int16))
     if do_finalize:
         results = {"output": poison(make(tokens, hidden_size, dtype=torch.bfloat16))}
@@ -128,7 +128,7 @@ def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool) -> list[torch
     )
     workspace = poison(make(size, dtype=torch.uint8))
     scale = kwargs["routed_scaling_factor"]
-    entry(case.weight_format, tile_m)(
+    (function or entry(case.weight_format, tile_m))(
         workspace,
         *(pointers.get(name, 0) for name in abi.POINTERS),
         *(int(ints[name]) for name in abi.INTS),

@@ -50,6 +50,13 @@ def test_portable_files_are_measured_where_better_ones_are_selected():
     assert not verification.changes(["test_sm80.py::test_one"], True, ("sm80",), files)  # selected, so in every suite
 
 
+def test_fp8_file_needs_its_own_suite():
+    files = {f"sm90a/{name}": dict(target="sm90a", verified="compiled") for name in ("a.so", "moe_mxfp4_mxfp8_sm90a.so")}
+    suite = [*SUITE[:2], "tests/test_sm90a.py::test_one"]
+    assert verification.changes(suite, True, HOPPER, files) == {"sm90a/a.so": "measured"}
+    assert verification.changes([*suite, "tests/test_gemm_fp8.py::test_one"], True, HOPPER, files).keys() == files.keys()
+
+
 def test_target_without_files_is_passed_over():
     files = {"sm80/a.so": dict(target="sm80", verified="compiled")}
     suite = [*SUITE[:2], "test_sm80.py::test_one"]

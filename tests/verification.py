@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+FP8_FILE, FP8_SUITE = "moe_mxfp4_mxfp8_sm90a.so", "test_gemm_fp8.py"  # that serves where it is asked for alone
 SUITES = ("test_op.py", "test_torch_op.py")  # of the selected target, beside its own test_<target>.py
 
 
@@ -23,6 +24,7 @@ def changes(
     for file, record in files.items() if is_clean else ():
         target, before = record["target"], record["verified"]
         needed = {f"test_{target}.py", *(SUITES if target == own else ())}
+        needed |= {FP8_SUITE} if Path(file).name == FP8_FILE else set()
         if target in targets and before != "measured" and needed <= ran:
             earned[file] = "measured"
         elif target not in targets and before == "compiled" and f"test_{target}.py" in emulated:

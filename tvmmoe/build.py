@@ -42,6 +42,7 @@ class CudaTarget:
     gencodes: tuple[str, ...]  # of nvcc; the GPUs that they serve are in select.CUDA_TARGETS
     # Tile height -> rows per expert from which it serves, where schedules/<name>/crossovers.json has not been measured.
     default_limits: Mapping[int, float] = field(default_factory=dict)
+    has_fp8: bool = False  # one more file, for mxfp8 x mxfp4: build has FP8_FILE, fp8_source and operator_fp8
 
     @property
     def build(self) -> ModuleType:
@@ -62,7 +63,7 @@ def gencode(chip: str) -> str:
 CUDA_TARGETS = {
     target.name: target
     for target in (
-        CudaTarget("sm90a", (gencode("90a"),)),
+        CudaTarget("sm90a", (gencode("90a"),), has_fp8=True),
         CudaTarget("sm100a", (gencode("100a"), gencode("103a")), default_limits={8: 0.0, 32: 4.0, 128: 22.0, 256: 107.0}),
         CudaTarget("sm120a", (gencode("120a"), gencode("121a")), default_limits={8: 0.0, 32: 4.0, 64: 22.0, 128: 50.0}),
         CudaTarget("sm80", ("arch=compute_80,code=[compute_80,sm_80]",),
@@ -187,12 +188,14 @@ def build_cuda(target: CudaTarget, folder: Path) -> tuple[dict[str, Any], list[d
     for weight_format in WeightFormat:
         path = folder / target.name / target.build.file_name(weight_format)
         target.build.compile_so(cuda_source(target, weight_format), path, *target.gencodes)
+    if target.has_fp8:
+        target.build.compile_so(target.build.fp8_source(), folder / target.name / target.build.FP8_FILE, *target.gencodes)
     return cuda_records(target, folder, "compiled")
 
 
 def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """File records and selection entries of what lies in ``folder/<name>``; the TIR hash is that of the CUDA source."""
-    files, entries = {}, []
+    files, entries = fp8_records(target, folder, verified) if target.has_fp8 else ({}, [])
     for weight_format in WeightFormat:
         file = f"{target.name}/{target.build.file_name(weight_format)}"
         digest = hashlib.sha256(cuda_source(target, weight_format).encode()).hexdigest()
@@ -201,6 +204,16 @@ def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[
         formats = target.activation_formats(weight_format)
         entries += selection_rows(target.name, weight_format, formats, limits_of(target, symbols), symbols, file)
     return files, entries
+
+
+def fp8_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same of the file of fp8 accumulation alone."""
+    operator, file = target.build.operator_fp8, f"{target.name}/{target.build.FP8_FILE}"
+    digest = hashlib.sha256(target.build.fp8_source().encode()).hexdigest()
+    limits, symbols = {operator.TILE_M: operator.MIN_ROWS}, {operator.TILE_M: operator.SYMBOL}
+    rows = selection_rows(target.name, WeightFormat.mxfp4, [ActivationFormat.mxfp8.name], limits, symbols, file)
+    record = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
+    return {file: record}, [row | {"accumulation": "fp8"} for row in rows]
 
 
 def limits_of(target: CudaTarget, tiles: Iterable[int]) -> Mapping[int, float]:

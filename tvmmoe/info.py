@@ -19,7 +19,7 @@ from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.config import ActivationFormat, Problem, WeightFormat
 from tvmmoe.errors import TvmMoeError
-from tvmmoe.select import ALLOW_UNVERIFIED, VERIFIED, is_allowed, rows_per_expert, select, targets_of
+from tvmmoe.select import ALLOW_UNVERIFIED, FP8, VERIFIED, is_allowed, rows_per_expert, select, targets_of
 from tvmmoe.shapes import shape_case
 from tvmmoe.testing import Case
 
@@ -48,10 +48,14 @@ def report(device: torch.device) -> dict[str, object]:
         "artifacts": artifacts,
         "entries": [
             f"{e.target} {'/'.join(e.activation_formats)} x {e.weight_format}: rows per expert "
-            f"[{e.min_rows_per_expert}, {e.max_rows_per_expert}) -> {e.symbol}"
+            f"[{e.min_rows_per_expert}, {e.max_rows_per_expert}) -> {e.symbol}{_condition(e)}"
             for e in source.entries
         ],
     }
+
+
+def _condition(entry: loader.Entry) -> str:
+    return f", only where {FP8}=1 is set" if entry.accumulation == "fp8" else ""
 
 
 def states(source: loader.Manifest) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Entry:
     max_rows_per_expert: float | None
     symbol: str
     file: str
+    accumulation: str = "float32"  # or fp8: sums of about 13 bits in the tensor core, only where select.FP8 is set
 
     def covers(self, rows_per_expert: float) -> bool:
         """Whether the entry's range holds this many rows per expert; ranges are half-open and None is no limit."""

@@ -7,6 +7,9 @@ The first target of the device that has an entry for the call serves it, unless 
     emulated    it has passed on another chip, in a build where a function of the same registers stands for the tensor
                 core's instruction; serves with a warning (torch_op)
     compiled    nothing of it has run; serves only where TVMMOE_ALLOW_UNVERIFIED=1 is set
+
+Entries of fp8 accumulation come before those whose calls they take, and serve only where TVMMOE_FP8=1 is set. Both
+variables are read when a problem is first selected for: its plan is remembered (torch_op.selected_plan, relaunch).
 """
 
 import functools
@@ -31,6 +34,7 @@ CUDA_TARGETS = {
 PORTABLE = "sm80"
 VERIFIED = ("measured", "emulated", "compiled")
 ALLOW_UNVERIFIED = "TVMMOE_ALLOW_UNVERIFIED"
+FP8 = "TVMMOE_FP8"
 
 
 @functools.cache
@@ -61,6 +65,11 @@ def is_allowed(verified: str) -> bool:
     return verified != "compiled" or os.environ.get(ALLOW_UNVERIFIED) == "1"
 
 
+def is_asked_for(entry: Entry) -> bool:
+    """Whether an entry is as exact as promised, or the user has asked for less."""
+    return entry.accumulation != "fp8" or os.environ.get(FP8) == "1"
+
+
 def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entry:
     """The entry for this call on the first of ``targets`` that has an allowed one.
 
@@ -80,6 +89,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
                 and entry.weight_format == problem.weight_format.name
                 and problem.activation_format.name in entry.activation_formats
                 and entry.covers(rows)
+                and is_asked_for(entry)
             ):
                 if is_allowed(source.files[entry.file]["verified"]):
                     return entry

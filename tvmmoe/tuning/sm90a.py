@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hopper: the choices of kernels.sm90a.gemm.GemmConfig as decisions; tvmmoe.tuning.cuda compiles and times them."""
+"""Hopper: the choices of kernels.sm90a.gemm_config.GemmConfig as decisions; tvmmoe.tuning.cuda compiles and times them."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe.config import Problem, WeightFormat
 from tvmmoe.kernels.sm90a import build as sm90a_build
-from tvmmoe.kernels.sm90a import gemm as kernel
+from tvmmoe.kernels.sm90a import gemm_config as kernel
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices

@@ -294,7 +294,14 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
   }
   sim::warp_sync();
 }
-inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) { d = __byte_perm(a, b, selector); }
+inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  const uint32_t bytes = __byte_perm(a, b, selector);
+  d = 0;
+  for (int i = 0; i < 4; ++i) {  // selector bit 3: the byte's sign in all of its bits
+    const uint32_t byte = bytes >> 8 * i & 255;
+    d |= (selector >> 4 * i & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+}
 inline void shf_r_wrap_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {
   d = uint32_t((uint64_t(b) << 32 | a) >> (c & 31));
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hopper artifacts: one file a weight format.
+"""The Hopper artifacts: one file a weight format, and one of fp8 accumulation.
 
 The one driver function that generated host code uses is looked up at the first call, so an artifact loads without a
 driver.
@@ -14,9 +14,11 @@ import tvm
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels import nvcc
-from tvmmoe.kernels.sm90a.gemm import GemmConfig
+from tvmmoe.kernels.sm90a import operator_fp8
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.operator import TILES, Variant, operator
 
+FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
 NATIVE = "arch=compute_90a,code=sm_90a"
 
 _INCLUDES = r"""
@@ -61,6 +63,12 @@ def file_name(weight_format: WeightFormat) -> str:
 def cuda_source(functions: Sequence[Variant]) -> str:
     """CUDA C++ of the operators, host code included."""
     return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
+
+
+@functools.cache  # tracing takes seconds
+def fp8_source() -> str:
+    """The same of the operator on fp8 wgmma."""
+    return packed_source({operator_fp8.SYMBOL: operator_fp8.operator})
 
 
 def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: str = "sm_90a") -> str:

@@ -20,13 +20,13 @@ A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it 
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
+from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
@@ -53,98 +53,8 @@ from tvmmoe.kernels.sm90a.trace import (
     while_,
 )  # fmt: skip
 
-NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
-SMEM_BYTES = 227 * 1024
-MAX_STAGES = 12
-BARRIER_BYTES = 512  # with decode_word's factors
 SCALE_LANES = 96  # three warps copy scales
-# wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
-# every wgmma (C7512); finer ones did not pay there anyway.
-WIDTHS = {64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 256: (64, 96, 128, 160, 192, 224, 256)}
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
-
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """Compile-time choices of one GEMM kernel: what tuning decides (tvmmoe.tuning)."""
-
-    weight_format: WeightFormat
-    tile_m: int  # tokens of a tile, wgmma's N
-    mi: int  # 64-row fragments a warpgroup
-    ks: int  # warpgroups that share rows and split K
-    warpgroups: int  # consumers
-    k_blocks: int  # of a pipeline stage, a multiple of ks
-    max_stages: int = MAX_STAGES
-
-    @property
-    def row_groups(self) -> int:
-        return self.warpgroups // self.ks
-
-    @property
-    def rows(self) -> int:
-        """Weight rows of a tile."""
-        return 64 * self.mi * self.row_groups
-
-    @property
-    def partial_buffers(self) -> int:
-        """Warpgroups' partial sums in shared memory, for two tiles."""
-        return 2 * self.row_groups * (self.ks - 1)
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a producer and a consumer thread, summing to what the launch allots: 384 * 168 or 640 * 96.
-
-        More than that never arrives: setmaxnreg.inc waits for registers that the CTA does not have.
-        """
-        return (40, 232) if self.warpgroups == 2 else (32, 112)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """wgmma widths, ascending: a tile takes the smallest that holds its rows."""
-        return WIDTHS.get(self.tile_m, (self.tile_m,))
-
-    @property
-    def token_box(self) -> int:
-        """Token rows of one TMA box, about an eighth of a tile of several widths; a tile loads whole boxes."""
-        return self.tile_m if len(self.widths) == 1 else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
-
-    @property
-    def scale_bytes(self) -> int:
-        """Scale bytes of a row in one K block."""
-        return K_BLOCK // self.weight_format.block_size
-
-    @property
-    def stage_scale_bytes(self) -> int:
-        """Scale bytes of a row in one stage."""
-        return self.k_blocks * self.scale_bytes
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether weights are the first to leave L2. Beside many tokens they would leave before their line is used up."""
-        return self.tile_m <= 32
-
-    @property
-    def l2_promotion(self) -> int:
-        """CU_TENSOR_MAP_L2_PROMOTION_256B for streamed weights, else 128B."""
-        return 3 if self.is_streamed else 2
-
-    @property
-    def words_per_group(self) -> int:
-        """Words of weights a fragment row that one wgmma group multiplies."""
-        return 2 if self.tile_m * self.mi <= 16 else 1
-
-    @property
-    def decodes_by_multiplying(self) -> bool:
-        """Which form of isa.decode_word. The shorter wins 2 to 6 %, but loses 2 % at 256 columns, at the power limit."""
-        return self.tile_m < 256
-
-    @property
-    def is_overlapped(self) -> bool:
-        """Whether a warpgroup decodes while its own last group multiplies.
-
-        Four that own different rows overlap each other: there a second set of fragments only takes registers.
-        """
-        return self.warpgroups == 2 or self.ks > 1
 
 
 class Tile(NamedTuple):
@@ -156,39 +66,15 @@ class Tile(NamedTuple):
     num_rows: object  # live tokens
 
 
-class SharedMemory(NamedTuple):
-    """How a kernel divides it."""
-
-    x_block: int  # bytes of a K block of tokens
-    w_block: int  # and of weights
-    s_stage: int  # bytes of a stage's scales
-    pitch: int  # bytes of a token's row of results
-    partial_words: int  # of a warpgroup's partial sums
-    stages: int
-    chunk_m: int  # tokens whose results pass through at a time: 32, or fewer where that makes room for another stage
-
-
-def shared_memory(c: GemmConfig, matrices: int) -> SharedMemory:
-    """For ``matrices`` 8-column output matrices of a warp's 16 fragment rows; fewer than 2 stages cannot be built."""
-    x_block, w_block = c.tile_m * K_BLOCK * 2, c.rows * K_BLOCK // 2
-    s_stage = c.rows * (c.stage_scale_bytes + 4)
-    pitch = c.mi * 32 * matrices * 2 + 16
-    partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0
-    free = SMEM_BYTES - BARRIER_BYTES - c.partial_buffers * partial_words * 4
-    stage_bytes = c.k_blocks * (x_block + w_block) + s_stage
-    stages, chunk_m = max(
-        (min(c.max_stages, (free - m * c.warpgroups * pitch) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
-    )
-    return SharedMemory(x_block, w_block, s_stage, pitch, partial_words, stages, chunk_m)
-
-
 class GroupedGemm:
     """Emits one kernel; ``problem`` (gemm1, gemm2) says which rows a tile has and what happens to accumulators."""
+
+    token_dtype, token_bytes = "bfloat16", 2  # of the operand; its rows are 2 * padded_k bytes apart in any case
 
     def __init__(self, a, config: GemmConfig, problem):
         self.a, self.c, self.p = a, config, problem
         c = config
-        memory = shared_memory(c, problem.matrices)
+        memory = shared_memory(c, problem.matrices, self.token_bytes, self.reserved_bytes())
         self.x_block, self.w_block, self.s_stage, self.pitch, self.partial_words, self.stages, self.chunk_m = memory
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
@@ -199,13 +85,17 @@ class GroupedGemm:
         assert self.stages >= 2, c
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
         self.is_state_early = c.mi * self.acc_count <= 32
+        self.registers = c.registers
+
+    def reserved_bytes(self) -> int:
+        """Shared memory that a subclass allocates in :meth:`_allocate_more`."""
+        return 0
 
     def emit(self) -> None:
         a, c, p = self.a, self.c, self.p
         weight_map = p.weight_map(c)
-        token_map = tensor_map(
-            address(p.operand), [p.padded_k, a.max_tiles * c.tile_m], [2 * p.padded_k], [64, c.token_box], "bfloat16", 3
-        )
+        dims, box = [p.padded_k, a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
+        token_map = tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
         row_blocks = cast(p.num_row_blocks(c), "int32")
         with kernel(p.name, T.int32(NUM_CTAS), (c.warpgroups + 1) * 128) as thread:
             self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
@@ -227,13 +117,13 @@ class GroupedGemm:
             self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
             producer = 4 * c.warpgroups  # first warp of the producers' warpgroup
             with if_(thread.warp >= producer):
-                ptx["setmaxnreg.dec.sync.aligned.u32"](c.registers[0])
+                ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
                 with if_(thread.warp == producer):
                     self._produce_operands()
                 with if_(thread.warp > producer):
                     self._produce_scales(let(thread.tid - (producer + 1) * 32))
             with if_(thread.warp < producer):
-                ptx["setmaxnreg.inc.sync.aligned.u32"](c.registers[1])
+                ptx["setmaxnreg.inc.sync.aligned.u32"](self.registers[1])
                 if p.knows_tiles:
                     ptx.griddepcontrol.wait()
                 ptx.griddepcontrol.launch_dependents()
@@ -247,13 +137,9 @@ class GroupedGemm:
         self.partial = smem.alloc(max(self.partial_total, 1), "float32", 128)
         self.ss = smem.alloc(s * self.s_stage, "uint8", 128)
         self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s + 1, "uint64", 8)
-        factors = isa.SHIFT_FACTORS if self.c.decodes_by_multiplying else ()
-        self.shift_factors = smem.alloc(32 * len(factors), "uint32", 8) if factors else None
+        self._allocate_more(smem)
         smem.commit()
-        if factors:
-            with if_(self.thread.warp == 0):
-                for i, factor in enumerate(factors):
-                    store_to("uint32", self.shift_factors.ptr_to([32 * i + self.thread.lane]), u32(factor), "shared")
+        self._initialize()
         with if_(self.thread.tid == 0):
             releases = u32(4 * self.c.warpgroups)
             for i in range(s):
@@ -263,6 +149,18 @@ class GroupedGemm:
             ptx.fence.mbarrier_init.release.cluster()
             ptx.fence.proxy.async_.shared__cta()
         cuda.cta_sync()
+
+    def _allocate_more(self, smem: Smem) -> None:
+        """What only this way of multiplying needs: the factors of decode_word."""
+        factors = isa.SHIFT_FACTORS if self.c.decodes_by_multiplying else ()
+        self.shift_factors = smem.alloc(32 * len(factors), "uint32", 8) if factors else None
+
+    def _initialize(self) -> None:
+        """Write it, before the CTA synchronises."""
+        if self.shift_factors is not None:
+            with if_(self.thread.warp == 0):
+                for i, factor in enumerate(isa.SHIFT_FACTORS):
+                    store_to("uint32", self.shift_factors.ptr_to([32 * i + self.thread.lane]), u32(factor), "shared")
 
     def _advance(self) -> None:
         assign(self.stage, self.stage + 1)
@@ -312,10 +210,11 @@ class GroupedGemm:
                         self._load_weights(self.stage, step, coordinates, x_bytes)
 
                     if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
-                    with for_(x_bytes // (2 * c.k_blocks * c.token_box * 128)) as box:
-                        for half in range(2 * c.k_blocks):
-                            offset = self.stage * self.x_stage + half * (self.x_block // 2) + box * (c.token_box * 128)
-                            k = step * (K_BLOCK * c.k_blocks) + half * 64
+                    halves = self.token_bytes * c.k_blocks  # of 128 bytes a token
+                    with for_(x_bytes // (halves * c.token_box * 128)) as box:
+                        for half in range(halves):
+                            offset = self.stage * self.x_stage + half * (c.tile_m * 128) + box * (c.token_box * 128)
+                            k = step * (K_BLOCK * c.k_blocks) + half * (128 // self.token_bytes)
                             row = tile.token_tile * c.tile_m + box * c.token_box
                             isa.tma_load(2, self.xs.ptr_to([offset]), tokens, [k, row], self.full.ptr_to([self.stage]))
                     self._advance()
@@ -325,7 +224,7 @@ class GroupedGemm:
         """Bytes of token columns that a stage of this tile loads."""
         c = self.c
         rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
-        return let(rows * (2 * K_BLOCK * c.k_blocks))
+        return let(rows * (self.token_bytes * K_BLOCK * c.k_blocks))
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -345,6 +244,7 @@ class GroupedGemm:
             expert = let(self.p.scales + cast(tile.expert, "int64") * (self.p.rows_per_expert * row_bytes))
             offsets = [let(self.p.row(c, tile, row) * self.scale_row_bytes) for row in rows]
             slots = [let(row * self.pitch_of_scales) for row in rows]
+            self._describe(tile, lane, rows, expert, offsets)
             with for_(self.k_steps) as step:
                 cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
                 k_byte = let(step * c.stage_scale_bytes)
@@ -356,6 +256,12 @@ class GroupedGemm:
                 ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
                 self._advance()
             assign(self.item, self.item + NUM_CTAS)
+
+    def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
+        """What a subclass lets the scale warps find out about a tile before they copy the scales of its rows.
+
+        Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
+        """
 
     def _copy_scales(self, slot, source, left) -> None:
         """One row's scales of a stage, ``left`` bytes of them before the row ends; zeros after it."""

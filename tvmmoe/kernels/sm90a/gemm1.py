@@ -16,7 +16,8 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationType
 from tvmmoe.kernels.sm90a import intrinsics as isa
-from tvmmoe.kernels.sm90a.gemm import GemmConfig, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let, load, scalar, tensor_map
 
@@ -24,6 +25,7 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let,
 class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
+    operand_scales = "x_scale"  # slice of an fp8 operand's scale bytes, on Hopper
     knows_tiles = False  # the kernel before this one writes the tile list
 
     def __init__(self, a, is_gated: bool):
@@ -32,7 +34,7 @@ class Gemm1:
         self.halves = 2 if is_gated else 1
         self.matrices = 1 if is_gated else 2  # 8-column output matrices of a warp's 16 fragment rows
         self.k, self.padded_k, self.operand = a.hidden_size, padded(a.hidden_size), a.ws["x"]
-        self.scales = a.gemm1_weights_scale
+        self.weights, self.scales = a.gemm1_weights, a.gemm1_weights_scale
         self.rows_per_expert = self.halves * a.intermediate_size
         self.out, self.out_width = a.ws["z"], padded(a.intermediate_size)
 

@@ -6,7 +6,8 @@ Tiles, roles and pipeline as in gemm.py; fragment rows are neighbouring output c
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.sm90a.gemm import GemmConfig, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, scalar, tensor_map
 
@@ -15,13 +16,14 @@ class Gemm2:
     """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
 
     name = "gemm2"
+    operand_scales = "z_scale"  # slice of an fp8 operand's scale bytes, on Hopper
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
 
     def __init__(self, a):
         self.a = a
         self.k, self.padded_k, self.operand = a.intermediate_size, padded(a.intermediate_size), a.ws["z"]
-        self.scales = a.gemm2_weights_scale
+        self.weights, self.scales = a.gemm2_weights, a.gemm2_weights_scale
         self.rows_per_expert = a.hidden_size
         self.out, self.out_width = a.result("gemm2_output"), a.hidden_size
 

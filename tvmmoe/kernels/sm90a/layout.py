@@ -60,6 +60,8 @@ def slices(
         "row_scale": rows * 4,
         "x": rows * padded(hidden_size) * 2,
         "z": rows * padded(intermediate_size) * 2,
+        "x_scale": rows * padded(hidden_size) // 32,
+        "z_scale": rows * padded(intermediate_size) // 32,
     })  # fmt: skip
     result["gemm2_output"] = result["x"]
     return result, total

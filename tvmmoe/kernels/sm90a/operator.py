@@ -25,9 +25,9 @@ from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.kernels.sm90a import permute, prologue
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather import gather
-from tvmmoe.kernels.sm90a.gemm import GemmConfig
 from tvmmoe.kernels.sm90a.gemm1 import gemm1
 from tvmmoe.kernels.sm90a.gemm2 import gemm2
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
 from tvmmoe.kernels.sm90a.requantize import requantize
 from tvmmoe.kernels.sm90a.route import route

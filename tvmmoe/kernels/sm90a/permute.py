@@ -101,17 +101,17 @@ def _exclusive_scan(value, thread, sums):
     return let(before + inclusive - value), total
 
 
-def rows_per_tile(rows, tile_m: int):
-    """Rows of each of an expert's tiles but the last."""
+def rows_per_tile(rows, tile_m: int, step: int | None = None):
+    """Rows of each of an expert's tiles but the last, a multiple of ``step``."""
     if tile_m <= 32:
         return T.int32(tile_m)
-    step = 32 if tile_m == 256 else 8  # between its widths (gemm.WIDTHS)
+    step = step or (32 if tile_m == 256 else 8)  # between its widths (gemm_config.WIDTHS)
     tiles = (rows + tile_m - 1) // tile_m
     return ((rows + tiles - 1) // tiles + (step - 1)) // step * step
 
 
-def scatter(a, tile_m: int) -> None:
-    """Emit the placing kernel."""
+def scatter(a, tile_m: int, step: int | None = None) -> None:
+    """Emit the placing kernel; ``step`` as for :func:`rows_per_tile`."""
     with kernel("scatter", num_chunks(a), PAIRS_PER_CTA) as thread:
         smem = Smem()
         warp_counts = smem.alloc(WARPS * MAX_EXPERTS, "uint16", 128)
@@ -142,7 +142,7 @@ def scatter(a, tile_m: int) -> None:
         with if_(e >= 0):
             index = let(chunk_first[e] + cast(warp_counts[thread.warp * num_local + e], "int32") + rank)
             rows = let(totals[e])
-            share = let(rows_per_tile(rows, tile_m))
+            share = let(rows_per_tile(rows, tile_m, step))
             assign(row, first_row[e] + index // share * tile_m + index % share)
             with if_(index % share == 0):
                 tile = let(cast(row // tile_m, "int64"))

@@ -46,22 +46,22 @@ THREADS = 128
 COLUMNS = THREADS * 32
 
 
-def _chunk_pointer(a, row_base, segment, tid, m: int):
+def _chunk_pointer(a, row_base, segment, tid, m: int, columns: int = COLUMNS):
     """16-byte chunk 4m + q of the thread's 128-block."""
-    block = segment * (COLUMNS // 128) + tid // 4
+    block = segment * (columns // 128) + tid // 4
     return address(a.ws["z"], (row_base + cast(block * 128 + (4 * m + tid % 4) * 8, "int64")) * 2)
 
 
-def _load_columns(a, thread, row_base, segment, width):
-    """The thread's 32 columns as float32, in column order; zeros past the row."""
+def load_columns(a, thread, row_base, segment, width, columns: int = COLUMNS):
+    """The thread's 32 columns of a segment as float32, in column order; zeros past the row."""
     values = regs(32, "float32")
-    is_inside = let(cast(segment * COLUMNS + thread.tid // 4 * 128, "int64")) < width
+    is_inside = let(cast(segment * columns + thread.tid // 4 * 128, "int64")) < width
     for m in range(4):
         words = regs(4, "uint32")
         for i in range(4):
             store(words, u32(0), i)
         with if_(is_inside):
-            load_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m), into=words)
+            load_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m, columns), into=words)
         exchange_quad(words, thread.lane)
         from_pairs(words)
         for i in range(4):
@@ -81,7 +81,7 @@ def _store_columns(a, thread, row_base, segment, values, is_inside) -> None:
             store_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m), words)
 
 
-def _amax_bits(values, first: int, count: int):
+def amax_bits(values, first: int, count: int):
     """Largest magnitude as an integer, where NaN is above all; the largest of floats drops it."""
     amax = scalar("int32", T.int32(0))
     for i in range(first, first + count):
@@ -90,7 +90,7 @@ def _amax_bits(values, first: int, count: int):
 
 
 def _amax(values, first: int, count: int):
-    return let(bits(_amax_bits(values, first, count), "float32"))
+    return let(bits(amax_bits(values, first, count), "float32"))
 
 
 def _round_mxfp8(values) -> None:
@@ -119,8 +119,8 @@ def _row_amax(a, thread, row_base, segments, width, partial):
     """Largest magnitude of the row, known to every thread."""
     amax = scalar("int32", T.int32(0))
     with for_(segments) as segment:
-        values, _ = _load_columns(a, thread, row_base, segment, width)
-        assign(amax, T.max(amax, _amax_bits(values, 0, 32)))
+        values, _ = load_columns(a, thread, row_base, segment, width)
+        assign(amax, T.max(amax, amax_bits(values, 0, 32)))
     assign(amax, warp_max_s32(amax))
     with if_(thread.lane == 0):
         I.buffer_store(partial, amax, [thread.warp])
@@ -152,7 +152,7 @@ def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
                 with if_(thread.tid == 0):
                     store_to("float32", address(a.ws["row_scale"], cast(thread.cta, "int64") * 4), row_scale)
             with for_(segments) as segment:
-                values, is_inside = _load_columns(a, thread, row_base, segment, width)
+                values, is_inside = load_columns(a, thread, row_base, segment, width)
                 if form == ActivationFormat.mxfp8:
                     _round_mxfp8(values)
                 else:

@@ -199,6 +199,12 @@ def warp_max_s32(value):
     return out
 
 
+def warp_min_s32(value):
+    out = scalar("int32")
+    ptx["redux_sync.min.s32"](out, value, u32(0xFFFFFFFF))
+    return out
+
+
 def warp_add_s32(value):
     out = scalar("int32")
     ptx["redux_sync.add.s32"](out, value, u32(0xFFFFFFFF))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile-time choices of the grouped GEMMs, and how a kernel divides its shared memory by them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tvmmoe.config import WeightFormat
+from tvmmoe.kernels.sm90a.layout import K_BLOCK
+
+NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
+SMEM_BYTES = 227 * 1024
+MAX_STAGES = 12
+BARRIER_BYTES = 512  # with decode_word's factors
+# wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
+# every wgmma (C7512); finer ones did not pay there anyway.
+WIDTHS = {
+    64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 128: (32, 64, 96, 128), 256: (64, 96, 128, 160, 192, 224, 256),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Compile-time choices of one GEMM kernel: what tuning decides (tvmmoe.tuning)."""
+
+    weight_format: WeightFormat
+    tile_m: int  # tokens of a tile, wgmma's N
+    mi: int  # 64-row fragments a warpgroup
+    ks: int  # warpgroups that share rows and split K
+    warpgroups: int  # consumers
+    k_blocks: int  # of a pipeline stage, a multiple of ks
+    max_stages: int = MAX_STAGES
+
+    @property
+    def row_groups(self) -> int:
+        return self.warpgroups // self.ks
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return 64 * self.mi * self.row_groups
+
+    @property
+    def partial_buffers(self) -> int:
+        """Warpgroups' partial sums in shared memory, for two tiles."""
+        return 2 * self.row_groups * (self.ks - 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a producer and a consumer thread, summing to what the launch allots: 384 * 168 or 640 * 96.
+
+        More than that never arrives: setmaxnreg.inc waits for registers that the CTA does not have.
+        """
+        return (40, 232) if self.warpgroups == 2 else (32, 112)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """wgmma widths, ascending: a tile takes the smallest that holds its rows."""
+        return WIDTHS.get(self.tile_m, (self.tile_m,))
+
+    @property
+    def token_box(self) -> int:
+        """Token rows of one TMA box, about an eighth of a tile of several widths; a tile loads whole boxes."""
+        return self.tile_m if len(self.widths) == 1 else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
+
+    @property
+    def scale_bytes(self) -> int:
+        """Scale bytes of a row in one K block."""
+        return K_BLOCK // self.weight_format.block_size
+
+    @property
+    def stage_scale_bytes(self) -> int:
+        """Scale bytes of a row in one stage."""
+        return self.k_blocks * self.scale_bytes
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether weights are the first to leave L2. Beside many tokens they would leave before their line is used up."""
+        return self.tile_m <= 32
+
+    @property
+    def l2_promotion(self) -> int:
+        """CU_TENSOR_MAP_L2_PROMOTION_256B for streamed weights, else 128B."""
+        return 3 if self.is_streamed else 2
+
+    @property
+    def words_per_group(self) -> int:
+        """Words of weights a fragment row that one wgmma group multiplies."""
+        return 2 if self.tile_m * self.mi <= 16 else 1
+
+    @property
+    def decodes_by_multiplying(self) -> bool:
+        """Which form of isa.decode_word. The shorter wins 2 to 6 %, but loses 2 % at 256 columns, at the power limit."""
+        return self.tile_m < 256
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether a warpgroup decodes while its own last group multiplies.
+
+        Four that own different rows overlap each other: there a second set of fragments only takes registers.
+        """
+        return self.warpgroups == 2 or self.ks > 1
+
+
+class SharedMemory(NamedTuple):
+    """How a kernel divides it."""
+
+    x_block: int  # bytes of a K block of tokens
+    w_block: int  # and of weights
+    s_stage: int  # bytes of a stage's scales
+    pitch: int  # bytes of a token's row of results
+    partial_words: int  # of a warpgroup's partial sums
+    stages: int
+    chunk_m: int  # tokens whose results pass through at a time: 32, or fewer where that makes room for another stage
+
+
+def shared_memory(c: GemmConfig, matrices: int, token_bytes: int = 2, reserved: int = 0) -> SharedMemory:
+    """For ``matrices`` 8-column output matrices of a warp's 16 fragment rows; fewer than 2 stages cannot be built.
+
+    ``token_bytes`` an element of the operand; ``reserved`` bytes are for other things.
+    """
+    x_block, w_block = c.tile_m * K_BLOCK * token_bytes, c.rows * K_BLOCK // 2
+    s_stage = c.rows * (c.stage_scale_bytes + 4)
+    pitch = c.mi * 32 * matrices * 2 + 16
+    partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0
+    free = SMEM_BYTES - BARRIER_BYTES - reserved - c.partial_buffers * partial_words * 4
+    stage_bytes = c.k_blocks * (x_block + w_block) + s_stage
+    stages, chunk_m = max(
+        (min(c.max_stages, (free - m * c.warpgroups * pitch) // stage_bytes), m) for m in (8, 16, 32) if m <= c.tile_m
+    )
+    return SharedMemory(x_block, w_block, s_stage, pitch, partial_words, stages, chunk_m)

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Main loop of both grouped GEMMs on fp8 wgmma: mxfp4 weights times mxfp8 tokens, twice the bf16 rate.
+
+Grid, roles and pipeline are those of gemm.py. What differs:
+
+    tokens       e4m3 bytes, one 128-byte row a K block, block exponents folded in (gather_fp8, requantize_fp8)
+    weights      e2m1 -> e4m3 in registers, the block exponent relative to the row's largest folded in by a byte table
+    accumulators the tensor core sums one stage (128 or 256 columns) into ``part``, which is added to ``acc`` in float32
+    epilogue     2^(row's largest - 133) on accumulators, then the token's factor, then as in gemm.py
+    scale warps  describe a tile before they copy its scales: each row's largest scale byte, each token's factor, and
+                 whether the tile is inside the window; double-buffered in shared memory (info_full, info_empty)
+
+Errors. Let a product be w x with w = e2m1 * 2^(b - largest + 6), x = e4m3 * 2^(block - base).
+* Weights: exact while the row's scale bytes differ by at most 14, else the tile is not inside the window. A byte 0 whose
+  block holds zeros alone (what encoders make of a zero block) is no scale.
+* Tokens: folding relative to the token's base (its largest block exponent) is exact for values that stay e4m3 numbers and
+  else off by at most 2^-10, half a subnormal step. The window asks of every block that its largest value stays at least
+  7/8 (blocks of an encoder: at most 8 octaves below the base), so no block loses more than 2^-9.8 of its own largest value,
+  whatever the weights make of the others; of a block of normal values, 2 percent are that small and 2e-4 of its norm is
+  lost. Relative to the token's largest value, 2^-17.8 at most.
+* Tensor core: an fp8 wgmma aligns its 32 products and the accumulator to the largest of them and drops what lies below
+  2^-13 of that. (A model of just this gives the errors that were measured on the H100: 2.17e-3 for 2.16e-3 without
+  promotion, 1.72e-3 for 1.72e-3 with one every 512 columns.) Over K = 4096 it is 1.1e-3 without promotion, 1.8e-4 with one
+  every 256 columns and 1.2e-4 every 128. That matters little in the output and much in z: an error that moves a z across a
+  midpoint of e4m3 costs a sixteenth of it, and 1.1e-3 becomes 1.5e-2 of the operator's result, 1.2e-4 becomes 2e-3. So gemm1
+  promotes every 128 columns, gemm2 every 256: once a stage (operator_fp8.GEMM1, GEMM2). Measured on the H100, the operator
+  is 1e-3 to 4.6e-3 off the reference, 7e-3 in one small call.
+
+Outside of the window a tile multiplies one scale block at a time: lanes of other blocks feed zeros, the tokens are the
+bytes as they came (a token outside of the window is not folded), and each block's sum is added with its exact factor
+2^(row's byte + token's byte - 254). Right for every pair of bytes, 255 is NaN, and many times slower. The device chooses, a
+tile at a time, from nothing but the operands: deterministic, and safe in a graph.
+"""
+
+import functools
+
+from tvm.script import tirx as T
+
+from tvmmoe.config import WeightFormat
+from tvmmoe.kernels.sm90a import intrinsics as isa
+from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
+from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig
+from tvmmoe.kernels.sm90a.layout import K_BLOCK
+from tvmmoe.kernels.sm90a.trace import (
+    I,
+    address,
+    assign,
+    cast,
+    cuda,
+    for_,
+    if_,
+    if_else,
+    let,
+    load,
+    load_vec4,
+    ptx,
+    regs,
+    scalar,
+    shuffle,
+    store,
+    u32,
+    while_,
+)  # fmt: skip
+
+INFO_BUFFERS = 2
+EXACT_TOKENS = 64  # that are multiplied at once outside of the window: few registers
+
+
+class Fp8Gemm(GroupedGemm):
+    """Emits one kernel; ``problem`` as for :class:`GroupedGemm`."""
+
+    token_dtype, token_bytes = "uint8", 1
+
+    def __init__(self, a, config: GemmConfig, problem):
+        assert (config.tile_m, config.ks, config.warpgroups) == (128, 1, 2), config
+        assert config.weight_format == WeightFormat.mxfp4, config
+        super().__init__(a, config, problem)
+        self.is_state_early = False
+        self.registers = 88, 208  # 384 * 168 in all: scale warps look at whole rows and take what the sums leave
+
+    def reserved_bytes(self) -> int:
+        c = self.c
+        info = INFO_BUFFERS * 4 * (c.rows + c.tile_m + 4)
+        return fp8.TABLE_BYTES + info + c.warpgroups * c.tile_m * 4 + 4 * 128
+
+    def _allocate_more(self, smem) -> None:
+        c = self.c
+        self.table = smem.alloc(fp8.TABLE_BYTES, "uint8", 128)
+        self.largest = smem.alloc(INFO_BUFFERS * c.rows, "int32", 128)  # scale byte of each row
+        self.token_scale = smem.alloc(INFO_BUFFERS * c.tile_m, "float32", 128)
+        self.block_bytes = smem.alloc(c.warpgroups * c.tile_m, "uint32", 128)  # tokens' scales of a K block
+        self.outside = smem.alloc(INFO_BUFFERS * 4, "int32", 16)  # by scale warp: its part is outside of the window
+        self.info_full, self.info_empty = (smem.alloc(INFO_BUFFERS, "uint64", 8) for _ in range(2))
+
+    def _initialize(self) -> None:
+        with if_(self.thread.tid == 0):
+            for i in range(INFO_BUFFERS):
+                ptx.mbarrier.init.shared.b64(self.info_full.ptr_to([i]), u32(SCALE_LANES))
+                ptx.mbarrier.init.shared.b64(self.info_empty.ptr_to([i]), u32(128 * self.c.warpgroups))
+        with if_(self.thread.tid < fp8.TABLE_ENTRIES):
+            fp8.write_table_entry(self.table, self.thread.tid)
+        self.turn = scalar("int32", T.int32(0))  # tiles that this thread has seen
+
+    def _info(self):
+        """(buffer of this tile, parity of its use)."""
+        return let(self.turn % INFO_BUFFERS), let(cast(self.turn // INFO_BUFFERS, "uint32") & u32(1))
+
+    # ---------------------------------------------------------------------------------------------------- scale warps
+
+    def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
+        c = self.c
+        buffer, parity = self._info()
+        cuda.mbarrier_wait(self.info_empty.ptr_to([buffer]), parity ^ u32(1))
+        outside = scalar("int32", T.int32(0))
+        self._describe_tokens(tile, lane, buffer, outside)
+        starts = [let(expert + cast(offset, "int64")) for offset in offsets]
+        for row, start in zip(rows, starts, strict=True):
+            with if_(row < c.rows):
+                self._describe_row(tile, row, start, buffer, outside)
+        is_outside = let(T.cuda.any_sync(u32(0xFFFFFFFF), outside != 0), "int32")
+        with if_(lane % 32 == 0):
+            I.buffer_store(self.outside, T.Select(is_outside != 0, T.int32(1), T.int32(0)), [buffer * 4 + lane // 32])
+        ptx.mbarrier.arrive.shared.b64(self.info_full.ptr_to([buffer]), u32(1))
+        assign(self.turn, self.turn + 1)
+
+    def _describe_tokens(self, tile: Tile, lane, buffer, outside) -> None:
+        """Factors of the tile's tokens; 0 says that the token is outside of the window."""
+        c = self.c
+        for first in range(0, c.tile_m, SCALE_LANES):
+            token = let(lane + first)
+            factor = scalar("float32", T.float32(1))
+            with if_(token < tile.num_rows):
+                row = cast(tile.token_tile * c.tile_m + token, "int64")
+                assign(factor, load("float32", address(self.a.ws["row_scale"], row * 4)))
+                with if_(factor == T.float32(0)):
+                    assign(outside, T.int32(1))
+            with if_(token < c.tile_m):
+                I.buffer_store(self.token_scale, factor, [buffer * c.tile_m + token])
+
+    def _describe_row(self, tile: Tile, row, start, buffer, outside) -> None:
+        """This lane's row: its largest scale byte, and whether the smallest is too far from it."""
+        top, bottom = fp8.byte_extremes(start, self.scale_row_bytes)
+        with if_(bottom == 0):
+            assign(bottom, self._smallest_scale(tile, row, start))
+            with if_(T.And(top == 0, bottom == 255)):  # a row of zeros
+                assign(top, T.int32(127))
+        with if_(T.Or(top - bottom > fp8.MAX_SPREAD, T.Or(top < fp8.MIN_BASE, top > fp8.MAX_BASE))):
+            assign(outside, T.int32(1))
+        I.buffer_store(self.largest, top, [buffer * self.c.rows + row])
+
+    def _smallest_scale(self, tile: Tile, row, start):
+        """Smallest scale byte of a row; a byte 0 is one only if its block holds other codes than zeros."""
+        number = let(cast(tile.expert, "int64") * self.p.rows_per_expert + cast(self.p.row(self.c, tile, row), "int64"))
+        weights = let(self.p.weights + number * (self.p.k // 2))
+        smallest = scalar("int32", T.int32(255))
+        with for_(self.scale_row_bytes) as block:
+            byte = let(cast(load("uint8", address(start, cast(block, "int64"))), "int32"))
+            with if_(byte == 0):
+                words = load_vec4(address(weights, cast(block, "int64") * 16))
+                codes = (words[0] | words[1] | words[2] | words[3]) & u32(0x77777777)
+                assign(byte, T.Select(codes == u32(0), T.int32(255), T.int32(0)))
+            assign(smallest, T.min(smallest, byte))
+        return smallest
+
+    # ------------------------------------------------------------------------------------------------------ consumers
+
+    def _consume(self) -> None:
+        c, thread = self.c, self.thread
+        self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
+        self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
+        self.row_group = self.warpgroup
+        self.acc, self.part = ([regs(self.acc_count, "float32") for _ in range(c.mi)] for _ in range(2))
+        self.fragments = [[regs(4, "uint32") for _ in range(c.mi)] for _ in range(4)]
+        self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
+        self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
+        self.rows = [[let(self.p.fragment_row(self, mi, r)) for r in range(2)] for mi in range(c.mi)]
+        skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
+        self.scale_offsets = [
+            let(row * self.pitch_of_scales + skew) for pair in self.rows for row, skew in zip(pair, skews, strict=True)
+        ]
+        with while_(self.item < self.num_items):
+            tile = self._tile()
+            self.buffer, parity = self._info()
+            cuda.mbarrier_wait(self.info_full.ptr_to([self.buffer]), parity)
+            flags = [let(self.outside[self.buffer * 4 + warp]) for warp in range(SCALE_LANES // 32)]
+            self.is_outside = let(flags[0] | flags[1] | flags[2]) != 0
+            for sums in (*self.acc, *self.part):
+                for i in range(self.acc_count):
+                    store(sums, T.float32(0), i)
+            ways = self._multiply_exactly, self._multiply_folded
+            if_else(self.is_outside, *(functools.partial(way, tile) for way in ways))
+            self._store_tile(tile, None)
+            ptx.mbarrier.arrive.shared.b64(self.info_empty.ptr_to([self.buffer]), u32(1))
+            assign(self.turn, self.turn + 1)
+            assign(self.item, self.item + NUM_CTAS)
+
+    def _release(self) -> None:
+        with if_(self.thread.lane == 0):
+            ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([self.stage]), u32(1))
+
+    def _load_words(self, block) -> None:
+        base = self.stage * self.w_stage + block * self.w_block + self.quad * 16
+        for mi in range(self.c.mi):
+            for r in range(2):
+                offset = base + self.rows[mi][r] * (K_BLOCK // 2)
+                load_vec4(self.ws.ptr_to([offset]), "shared", into=self.words[mi][r])
+
+    def _scale_byte(self, block, row: int, quad):
+        """Of scale block ``quad`` of a K block, for the thread's fragment row number ``row``."""
+        offset = self.stage * self.s_stage + block * self.c.scale_bytes + self.scale_offsets[row] + quad
+        return load("uint8", self.ss.ptr_to([offset]), "shared")
+
+    def _descriptors(self):
+        """Low word of the stage's descriptors, the same in every lane: in uniform registers after the shuffle."""
+        return let(shuffle(let(self.descriptor_base + cast(self.stage * (self.x_stage // 16), "uint32")), T.int32(0)))
+
+    # Inside of the window.
+
+    def _multiply_folded(self, tile: Tile) -> None:
+        largest = [let(self.largest[self.buffer * self.c.rows + row]) for pair in self.rows for row in pair]
+        self.table_offsets = [let((T.int32(fp8.TABLE_ENTRIES - 1) - byte) * 8) for byte in largest]
+        self._at_width(tile, self.c.widths)
+        for mi in range(self.c.mi):
+            for r in range(2):
+                # From the offset again, so that the bytes need no registers in the main loop.
+                byte = T.int32(fp8.TABLE_ENTRIES - 1) - self.table_offsets[2 * mi + r] // 8
+                factor = let(fp8.power_of_two(byte - fp8.TOP_EXPONENT))
+                for i in (4 * n + 2 * r + t for n in range(self.c.tile_m // 8) for t in range(2)):
+                    store(self.acc[mi], self.acc[mi][i] * factor, i)
+
+    def _at_width(self, tile: Tile, widths) -> None:
+        """Main loop at the smallest of ``widths`` that holds the tile's rows."""
+
+        def main_loop():
+            with for_(self.k_steps):
+                cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+                self._multiply_stage(widths[0])
+                self._advance()
+
+        if len(widths) == 1:
+            main_loop()
+        else:
+            if_else(tile.num_rows <= widths[0], main_loop, lambda: self._at_width(tile, widths[1:]))
+
+    def _multiply_stage(self, width: int) -> None:
+        """The K blocks of a stage, whose sums are then promoted. A block's four steps are one wgmma group: the other
+        warpgroups' groups run beside what this one decodes and promotes, and ptxas serialises what is cut finer."""
+        c = self.c
+        low = self._descriptors()
+        for block in range(c.k_blocks):
+            self._load_words(block)
+            tables = [self._table_entry(block, row) for row in range(2 * c.mi)]
+            for word, fragments in enumerate(self.fragments):
+                for mi in range(c.mi):
+                    for r in range(2):
+                        fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r)
+            ptx.wgmma.fence.sync.aligned()
+            for word in range(4):
+                descriptor = isa.shared_descriptor(low + u32((block * self.x_block + word * 32) >> 4))
+                for mi in range(c.mi):
+                    is_sum = block + word > 0
+                    fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
+            ptx.wgmma.commit_group.sync.aligned()
+            ptx.wgmma.wait_group.sync.aligned(0)
+        self._release()
+        self._promote(width)
+
+    def _promote(self, width: int) -> None:
+        """The zeros cost nothing; without them ptxas serialises every wgmma (C7511), though the next one overwrites."""
+        for acc, part in zip(self.acc, self.part, strict=True):
+            for i in range(width // 2):
+                store(acc, acc[i] + part[i], i)
+                store(part, T.float32(0), i)
+
+    def _table_entry(self, block: int, row: int):
+        """Magnitudes at the scale of this thread's scale block of a fragment row."""
+        entry = regs(2, "uint32")
+        place = self.table_offsets[row] + cast(self._scale_byte(block, row, self.quad), "int32") * 8
+        ptx["ld.shared.v2.b32"](entry[0], entry[1], self.table.ptr_to([place]))
+        return entry
+
+    # Outside of it.
+
+    def _multiply_exactly(self, tile: Tile) -> None:
+        c = self.c
+        last_block = let(cast(self.p.padded_k // K_BLOCK, "int32") - 1)
+        with for_(self.k_steps) as step:
+            cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+            low = self._descriptors()
+            with for_(c.k_blocks) as block:
+                self._fetch_token_scales(tile, let(T.min(step * c.k_blocks + block, last_block)))
+                self._load_words(block)
+                with for_(4) as quad:
+                    self._multiply_scale_block(block, quad, low)
+            self._release()
+            self._advance()
+
+    def _fetch_token_scales(self, tile: Tile, block) -> None:
+        """Four scale bytes of each of the tile's tokens."""
+        c = self.c
+        row_bytes = self.p.padded_k // 32
+        self._warpgroup_sync()
+        token = let(self.thread.tid % 128)  # a thread each
+        row = cast(tile.token_tile * c.tile_m + token, "int64")
+        word = load("uint32", address(self.a.ws[self.p.operand_scales], row * row_bytes + cast(block * 4, "int64")))
+        I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
+        self._warpgroup_sync()
+
+    def _multiply_scale_block(self, block, quad, low) -> None:
+        c = self.c
+        mine = let(T.Select(self.quad == quad, u32(0xFFFFFFFF), u32(0)))
+        rows = [fp8.half_powers(self._scale_byte(block, row, quad)) for row in range(2 * c.mi)]
+        shift = let(cast(quad, "uint32") * u32(8))
+        for first in range(0, c.tile_m, EXACT_TOKENS):
+            for word in range(4):
+                fragments = self.fragments[0]
+                for mi in range(c.mi):
+                    for r in range(2):
+                        masked = let(self.words[mi][r][word] & mine)  # nibbles 0 are zeros
+                        fp8.decode_word(masked, [u32(half) for half in fp8.UNIT_TABLE], fragments[mi], r)
+                ptx.wgmma.fence.sync.aligned()
+                offset = cast(block, "uint32") * u32(self.x_block) + u32(first * 128 + word * 32)
+                descriptor = isa.shared_descriptor(low + (offset >> u32(4)))
+                for mi in range(c.mi):
+                    fp8.wgmma(EXACT_TOKENS, self.part[mi], fragments[mi], descriptor, word > 0)
+                ptx.wgmma.commit_group.sync.aligned()
+                ptx.wgmma.wait_group.sync.aligned(0)
+            for n in range(EXACT_TOKENS // 8):
+                self._add_scaled(n, first, rows, shift)
+
+    def _add_scaled(self, n: int, first: int, rows, shift) -> None:
+        """Eight tokens of ``part`` times their factors onto ``acc``."""
+        c = self.c
+        for t in range(2):
+            token = self.warpgroup * c.tile_m + (first + n * 8 + t) + self.quad * 2
+            early, late = fp8.half_powers(let((self.block_bytes[token] >> shift) & u32(0xFF)))
+            for mi in range(c.mi):
+                for r in range(2):
+                    i = 4 * n + 2 * r + t
+                    row_early, row_late = rows[2 * mi + r]
+                    # In this order nothing between is larger or smaller than both ends.
+                    product = self.part[mi][i] * row_early * early * row_late * late
+                    store(self.acc[mi], self.acc[mi][first // 2 + i] + product, first // 2 + i)
+                    store(self.part[mi], T.float32(0), i)
+
+    # ------------------------------------------------------------------------------------------------------- epilogue
+
+    def _token_scales(self, tile: Tile, token: int):
+        """Factors of this thread's two tokens of an 8-token block; outside of the window they are in the sums."""
+        scales = regs(2, "float32")
+        for i in range(2):
+            factor = self.token_scale[self.buffer * self.c.tile_m + token + self.quad * 2 + i]
+            store(scales, T.Select(self.is_outside, T.float32(1), let(factor)), i)
+        return scales

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator on fp8 wgmma, for mxfp8 x mxfp4 alone, as one packed host function like operator.py's.
+
+    route -> [count] -> scatter -> gather_fp8 -> gemm1 -> requantize_fp8 -> gemm2 -> [finalize]
+"""
+
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as I  # noqa: E741
+
+from tvmmoe.config import WeightFormat
+from tvmmoe.kernels.sm90a import permute
+from tvmmoe.kernels.sm90a.finalize import finalize
+from tvmmoe.kernels.sm90a.gather_fp8 import gather_fp8
+from tvmmoe.kernels.sm90a.gemm1 import Gemm1
+from tvmmoe.kernels.sm90a.gemm2 import Gemm2
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
+from tvmmoe.kernels.sm90a.gemm_fp8 import Fp8Gemm
+from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
+from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, Arguments
+from tvmmoe.kernels.sm90a.requantize_fp8 import requantize_fp8
+from tvmmoe.kernels.sm90a.route import route
+from tvmmoe.kernels.sm90a.trace import if_, if_else
+
+TILE_M = 128  # of those tried on the H100 the only one that wins (schedules/notes.md)
+# Rows an expert from which it serves. H100, us beside the bf16 kernels: Qwen3-235B at 64 rows 719 and 879, at 512 3584 and
+# 4885; DeepSeek-V3 at 256 9518 and 11478. Nothing was measured below 64: 48 is an estimate.
+MIN_ROWS = 48.0
+SYMBOL = f"fp4_block_scale_moe_mxfp4_mxfp8_m{TILE_M}"
+# A stage's K blocks are also what is summed between two promotions to float32: z is rounded to e4m3 after gemm1.
+GEMM1 = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=1)
+GEMM2 = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=2)
+WIDTH_STEP = 32  # between GEMM1.widths
+
+
+def operator() -> tvm.tirx.PrimFunc:
+    """The host function."""
+    with IRBuilder() as builder:
+        with I.prim_func():
+            I.func_name(SYMBOL)
+            I.func_attr({"global_symbol": SYMBOL, "tirx.kernel_launch_params": LAUNCH_PARAMS})
+            a = Arguments(TILE_M)
+            with if_(a.num_tokens > 0):
+                _launch_all(a)
+    return builder.get()
+
+
+def _launch_all(a: Arguments) -> None:
+    route(a)
+    with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
+        permute.count(a)
+    permute.scatter(a, TILE_M, WIDTH_STEP)
+    gather_fp8(a)
+    is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
+    if_else(
+        is_gated,
+        lambda: Fp8Gemm(a, GEMM1, Gemm1(a, True)).emit(),
+        lambda: Fp8Gemm(a, GEMM1, Gemm1(a, False)).emit(),
+    )
+    requantize_fp8(a, TILE_M)
+    Fp8Gemm(a, GEMM2, Gemm2(a)).emit()
+    with if_(a.do_finalize != 0):
+        finalize(a)

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated CUDA C++ of the fp8 operator compiled by the host compiler: it runs on a CPU, host function included.
+
+Fibers, CTA barriers and shuffles are those of sm120a.simulate. Here are mbarriers, TMA (boxes of a tensor map, zeros
+outside of it, 128-byte swizzle), named barriers, and wgmma of e4m3 with A in registers, which sums as the H100 was measured
+to: 32 products and the accumulator aligned to the largest of them, cut off below 2^-13 of it.
+
+A TMA copy is made when a thread first asks for its barrier, or with ``early`` at once: a missing wait shows in the one, a
+buffer that is overwritten too soon in the other. wgmma happens when it is issued.
+"""
+
+import re
+
+from tvmmoe.kernels.sm120a import simulate as base
+
+_RUNTIME = r"""
+#include <functional>
+#include <map>
+using cuuint32_t = uint32_t;
+using cuuint64_t = uint64_t;
+using CUresult = int;
+enum { CUDA_SUCCESS };
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 };
+using CUtensorMapInterleave = int;
+using CUtensorMapSwizzle = int;
+using CUtensorMapL2promotion = int;
+using CUtensorMapFloatOOBfill = int;
+#define __grid_constant__
+struct CUtensorMap { const char* data; int rank, swizzle; uint64_t dims[5], strides[5]; uint32_t box[5]; };
+inline int64_t tvmmoe_address(const void* p) { return int64_t(p); }
+inline int cuGetErrorString(int, const char**) { return 0; }
+inline int cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, uint32_t rank, void* data, const uint64_t* dims,
+                                  const uint64_t* strides, const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
+  *map = {(const char*)data, int(rank), swizzle};
+  bool good = uintptr_t(data) % 16 == 0;
+  for (unsigned i = 0; i < rank; ++i) {
+    map->dims[i] = dims[i], map->box[i] = box[i], map->strides[i] = i ? strides[i - 1] : 1;
+    good = good && box[i] && box[i] <= 256 && dims[i] && (!i || strides[i - 1] % 16 == 0);
+  }
+  if (!good || (swizzle == 3 && box[0] != 128) || box[0] % 16) fprintf(stderr, "simulate: bad tensor map\n"), abort();
+  return CUDA_SUCCESS;
+}
+
+namespace sim {
+struct Mbarrier {
+  int count = 0, pending = 0;
+  long bytes = 0;
+  unsigned phase = 0;
+  std::vector<std::function<void()>> copies;
+};
+inline std::map<uint32_t, Mbarrier> mbarriers;
+inline std::map<int, Barrier> named;
+inline Mbarrier& mbarrier(uint32_t at) {
+  const auto found = mbarriers.find(at);
+  if (found == mbarriers.end()) fprintf(stderr, "simulate: no mbarrier at %u\n", at), abort();
+  return found->second;
+}
+inline void settle(Mbarrier& b) {
+  if (b.pending < 0 || (b.pending == 0 && b.bytes < 0)) fprintf(stderr, "simulate: mbarrier overrun\n"), abort();
+  if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.count;
+  ++progress;
+}
+inline void arrive(uint32_t at, int count) {
+  Mbarrier& b = mbarrier(at);
+  b.pending -= count;
+  settle(b);
+}
+inline void sync(Barrier& barrier, int count) { wait(barrier, count); }
+template <int rank> void tma(uint32_t to, const void* tensor_map, const int (&at)[rank], uint32_t barrier) {
+  const CUtensorMap map = *(const CUtensorMap*)tensor_map;
+  if (map.rank != rank || to % (map.swizzle ? 1024 : 128)) fprintf(stderr, "simulate: bad TMA destination\n"), abort();
+  int start[rank];
+  for (int i = 0; i < rank; ++i) start[i] = at[i];
+  std::vector<int> place(start, start + rank);
+  auto copy = [=] {
+    uint32_t rows = 1;
+    for (int i = 1; i < rank; ++i) rows *= map.box[i];
+    for (uint32_t row = 0; row < rows; ++row) {
+      const char* from = map.data;
+      bool inside = true;
+      uint32_t rest = row;
+      for (int i = 1; i < rank; ++i) {
+        const int64_t index = place[i] + int64_t(rest % map.box[i]);
+        rest /= map.box[i];
+        inside = inside && index >= 0 && index < int64_t(map.dims[i]);
+        from += index * int64_t(map.strides[i]);
+      }
+      for (uint32_t x = 0; x < map.box[0]; ++x) {
+        const int64_t index = place[0] + int64_t(x);
+        uint32_t offset = to + row * map.box[0] + x;
+        if (map.swizzle == 3) offset ^= (offset >> 7 & 7) << 4;
+        shared()[offset] = inside && index >= 0 && index < int64_t(map.dims[0]) ? from[index] : 0;
+      }
+    }
+    Mbarrier& b = mbarrier(barrier);
+    uint32_t bytes = map.box[0] * rows;
+    b.bytes -= bytes;
+    settle(b);
+  };
+  if (SIM_EARLY) copy(); else mbarrier(barrier).copies.push_back(copy);
+}
+inline void wait_for(uint32_t at, unsigned parity) {
+  for (;;) {
+    Mbarrier& b = mbarrier(at);
+    if (b.phase != parity) break;
+    if (!b.copies.empty()) {
+      auto copies = std::move(b.copies);
+      b.copies.clear();
+      for (auto& copy : copies) copy();
+      continue;
+    }
+    yield();
+  }
+  ++progress;
+}
+inline float e4m3(uint32_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if ((byte & 127) == 127) return NAN;
+  const float value = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return byte & 128 ? -value : value;
+}
+inline uint32_t to_e4m3(float x) {
+  uint32_t sign = std::signbit(x) ? 128 : 0;
+  if (x != x) return 127;
+  const float a = std::min(fabsf(x), 448.f);
+  if (a == 0) return sign;
+  const int exponent = std::max(ilogbf(a), -6);
+  const int units = int(nearbyintf(ldexpf(a, 3 - exponent)));  // ties to even; 8 ... 16 of a normal number
+  return sign | (units >= 8 ? uint32_t((exponent + 7) * 8 + units - 8) : uint32_t(units));
+}
+inline float f16(uint32_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                      : exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24);
+  return h & 0x8000 ? -value : value;
+}
+inline uint32_t to_f16(float x) {
+  const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return 0x7fff;
+  const float a = fabsf(x);
+  if (a == 0) return sign;
+  const int exponent = std::max(ilogbf(a), -14);
+  const int units = int(nearbyintf(ldexpf(a, 10 - exponent)));
+  if (exponent > 15) return sign | 0x7c00;
+  return sign | (units >= 1024 ? uint32_t((exponent + 15) * 1024 + units - 1024) : uint32_t(units));
+}
+inline float cut(double sum) {  // to 13 fractional bits
+  if (sum == 0 || !std::isfinite(sum)) return float(sum);
+  const int exponent = ilogb(sum);
+  return float(ldexp(trunc(ldexp(sum, 13 - exponent)), exponent - 13));
+}
+inline float dot(const float* a, const float* b, float c) {
+  int top = c == 0 ? -10000 : ilogb(c);
+  double products[32], sum = 0;
+  for (int k = 0; k < 32; ++k) {
+    products[k] = double(a[k]) * b[k];
+    if (products[k] != products[k]) return NAN;
+    if (products[k] != 0) top = std::max(top, ilogb(products[k]));
+  }
+  if (c != c || top == -10000) return c;
+  const double unit = ldexp(1., top - 13);
+  for (double product : products) sum += trunc(product / unit);
+  return cut((sum + trunc(c / unit)) * unit);
+}
+template <int n> void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint32_t accumulate) {
+  const unsigned thread = self->thread.x, group = thread / 128, lane = thread % 32;
+  memcpy(self->words, a, sizeof(a));
+  Barrier& barrier = named[1000 + group];
+  sync(barrier, 128);
+  const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) fprintf(stderr, "simulate: wgmma swizzle\n"), abort();
+  float rows[2][32];
+  for (int r = 0; r < 2; ++r)
+    for (int k = 0; k < 32; ++k)
+      rows[r][k] = e4m3(fibers[thread / 32 * 32 + lane / 4 * 4 + k % 16 / 4].words[k / 16 * 2 + r] >> k % 4 * 8 & 255);
+  for (int i = 0; i < n / 8; ++i)
+    for (int t = 0; t < 2; ++t) {
+      float column[32];
+      const int token = lane % 4 * 2 + t;
+      for (int k = 0; k < 32; ++k) {
+        uint32_t offset = start + i * stride + token * 128 + k;
+        offset ^= (offset >> 7 & 7) << 4;
+        column[k] = e4m3(uint8_t(shared()[offset]));
+      }
+      for (int r = 0; r < 2; ++r) {
+        float& sum = *d[4 * i + 2 * r + t];
+        sum = dot(rows[r], column, accumulate ? sum : 0);
+      }
+    }
+  sync(barrier, 128);
+}
+}  // namespace sim
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  sim::self->words[0] = predicate != 0;
+  sim::warp_sync();
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(sim::lane(i).words[0]) << i;
+  sim::warp_sync();
+  return lanes;
+}
+"""
+
+_INSTRUCTIONS = r"""
+namespace ptx {
+inline void setmaxnreg_inc_sync_aligned_u32(int) {}
+inline void setmaxnreg_dec_sync_aligned_u32(int) {}
+inline void fence_proxy_async_shared_cta() {}
+inline void fence_mbarrier_init_release_cluster() {}
+inline void wgmma_fence_sync_aligned() {}
+inline void wgmma_commit_group_sync_aligned() {}
+inline void wgmma_wait_group_sync_aligned(int) {}
+inline void prefetch_tensormap(const void*) {}
+inline void bar_sync(int id, int count) { sim::sync(sim::named[id], count); }
+inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) { sim::mbarriers[at] = {int(count), int(count)}; }
+inline void mbarrier_arrive_shared_b64(uint32_t at, uint32_t count) { sim::arrive(at, count); }
+inline void mbarrier_arrive_expect_tx_shared_b64(uint32_t at, uint32_t bytes) {
+  sim::mbarrier(at).bytes += bytes;
+  sim::arrive(at, 1);
+}
+inline void cp_async_mbarrier_arrive_noinc_shared_b64(uint32_t at) {
+  cp_async_commit_group();
+  cp_async_wait_group(0);
+  sim::arrive(at, 1);
+}
+template <class... Rest>
+void cp_async_bulk_tensor_2d_shared_cta_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* map, int x, int y, uint32_t barrier, Rest...) {
+  sim::tma<2>(to, map, {x, y}, barrier);
+}
+template <class... Rest>
+void cp_async_bulk_tensor_3d_shared_cta_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* map, int x, int y, int z, uint32_t barrier, Rest...) {
+  sim::tma<3>(to, map, {x, y, z}, barrier);
+}
+template <class... Rest>
+void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* map, int x, int y, int z, int u, int v, uint32_t barrier, Rest...) {
+  sim::tma<5>(to, map, {x, y, z, u, v}, barrier);
+}
+template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); }
+template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
+template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
+template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
+inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b; }
+inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();
+  const uint32_t words[5] = {a, b, c, d, p};
+  memcpy(sim::self->words, words, sizeof(words));
+  sim::warp_sync();
+  const int lane = sim::self->thread.x % 32;
+  for (int m = 0; m < 4; ++m)
+    for (int h = 0; h < 2; ++h)  // element (row lane / 4, column 2 (lane % 4) + h) goes to row and column exchanged
+      at<uint16_t>(sim::lane(8 * m + 2 * (lane % 4) + h).words[4] + 2 * (lane / 4)) = words[m] >> 16 * h;
+  sim::warp_sync();
+}
+template <class F> uint32_t halves(uint32_t a, uint32_t b, F f) {
+  return uint32_t(f(a & 0xffff, b & 0xffff)) | uint32_t(f(a >> 16, b >> 16)) << 16;
+}
+inline void max_u16x2(uint32_t& d, uint32_t a, uint32_t b) { d = halves(a, b, [](auto x, auto y) { return max(x, y); }); }
+inline void min_u16x2(uint32_t& d, uint32_t a, uint32_t b) { d = halves(a, b, [](auto x, auto y) { return min(x, y); }); }
+inline void mul_rn_f16x2(uint32_t& d, uint32_t a, uint32_t b) {
+  d = halves(a, b, [](auto x, auto y) { return sim::to_f16(sim::f16(x) * sim::f16(y)); });
+}
+inline void cvt_rn_f16x2_e4m3x2(uint32_t& d, uint16_t a) {
+  d = sim::to_f16(sim::e4m3(a & 255)) | sim::to_f16(sim::e4m3(a >> 8)) << 16;
+}
+inline void cvt_rn_satfinite_e4m3x2_f16x2(uint16_t& d, uint32_t a) {
+  d = sim::to_e4m3(sim::f16(a & 0xffff)) | sim::to_e4m3(sim::f16(a >> 16)) << 8;
+}
+inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& d, float high, float low) {
+  d = sim::to_e4m3(low) | sim::to_e4m3(high) << 8;
+}
+}  // namespace ptx
+"""
+
+_ALLOW_SHARED_MEMORY = r"""
+#include <atomic>
+template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
+"""
+
+
+def _body(name: str) -> str | None:
+    """C++ of the helper ``name`` where its asm is no single instruction."""
+    if name == "tvm_builtin_elect_one_sync":
+        return "{ return sim::self->thread.x % 32 == 0; }"
+    if name == "tvm_builtin_cuda_mbarrier_wait":
+        return "{ sim::wait_for(__cvta_generic_to_shared(barrier), phase); }"
+    width = re.search(r"wgmma_fp8_rs_mma_async_sync_aligned_m64n(\d+)k32", name)
+    if width:
+        n = int(width[1])
+        sums = ", ".join(f"&__d{i}" for i in range(n // 2))
+        return f"{{ float* d[] = {{{sums}}}; sim::wgmma<{n}>(d, {{__a0, __a1, __a2, __a3}}, __b_desc, __scale_d); }}"
+    return None
+
+
+def host_source(cuda: str, early: bool = False) -> str:
+    """Host C++ of what ``build.cuda_source`` returned."""
+    kernels, host = cuda[cuda.index("#ifdef __CUDACC_RTC__") :].split("#include <tvm/ffi/c_api.h>", 1)
+    kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
+
+    def replaced(match: re.Match) -> str:
+        body = _body(match[2])
+        return match[0] if body is None else f"inline {match[1]} {match[2]}({match[3]}) {body}\n"
+
+    helper = r"^__forceinline__ __device__ (\w+) (tvm_builtin_\w+)\(([^)]*)\) \{\{?\n.*?^\}\}?\n"
+    kernels = re.sub(helper, replaced, kernels, flags=re.M | re.S)
+    asm = r'asm volatile\("([\w.:]+) ?([^";]*);?"\s*:\s*([^:]*?)\s*:\s*([^:;]*?)\s*(?::[^;]*)?\);'
+    kernels = re.sub(asm, base._translate, kernels)
+    kernels = re.sub(
+        r"extern __shared__ __align__\(64\) uchar (\w+)\[\];", r"uchar* \1 = (uchar*)sim::shared();", kernels
+    )
+    host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
+    host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
+    parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
+             _INSTRUCTIONS, kernels, base._HOST, _ALLOW_SHARED_MEMORY)  # fmt: skip
+    return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
