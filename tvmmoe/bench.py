@@ -104,6 +104,14 @@ def median_us(call: Callable[[], Any], device: torch.device, rounds: int = ROUND
     return statistics.median(times)
 
 
+def rested_us(call: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
+    """:func:`median_us` of a device that has had a rest."""
+    synchronize(device)
+    if device.type == "cuda":
+        time.sleep(REST_S)
+    return median_us(call, device, rounds)
+
+
 def measure_machine(device: torch.device) -> Machine:
     """Copy bandwidth and bf16 matmul rate, as torch reaches them here."""
     is_cuda = device.type == "cuda"
@@ -319,10 +327,7 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     kwargs["routing_logits"] = logits[0]
     extra = extra_bytes(kwargs, device)
     error = check(case, kwargs)
-    round_ = rotating(case, kwargs, logits)
-    synchronize(device)
-    time.sleep(REST_S)
-    us = median_us(round_, device, options.rounds) / NUM_ROUTINGS
+    us = rested_us(rotating(case, kwargs, logits), device, options.rounds) / NUM_ROUTINGS
     expert_bytes = weight_bytes_per_expert(case)
     num_bytes = expert_bytes * statistics.mean(len(experts) for experts in active)
     flops = 2.0 * pairs * weights_per_expert(case)

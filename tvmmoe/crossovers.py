@@ -21,7 +21,7 @@ import torch
 
 from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
-from tvmmoe.bench import MODES, check, median_us, of_tokens, rotating, routings, shape_call
+from tvmmoe.bench import MODES, check, of_tokens, rested_us, rotating, routings, shape_call
 from tvmmoe.errors import ArgumentError, TvmMoeError, UnsupportedError
 from tvmmoe.loader import Entry
 from tvmmoe.select import targets_of
@@ -120,7 +120,7 @@ def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: tor
                 arguments = torch_op.with_defaults(**arguments)
                 torch_op.launch(validate(**arguments), arguments, entry)
 
-            round_us = median_us(rotating(case, part, logits, call), device, ROUNDS[device.type])
+            round_us = rested_us(rotating(case, part, logits, call), device, ROUNDS[device.type])
             us[str(entry.tile_m)] = round(round_us / len(logits), 1)
         yield dict(shape=name, mode="-".join(mode), rows_per_expert=rows, num_tokens=num_tokens, us=us)
 
