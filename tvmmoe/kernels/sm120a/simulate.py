@@ -159,14 +159,15 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= unsigned(pair >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
-inline int __any_sync(unsigned, int predicate) {
+inline unsigned __ballot_sync(unsigned, int predicate) {
   sim::self->words[0] = predicate != 0;
   sim::warp_sync();
-  int any = 0;
-  for (int i = 0; i < 32; ++i) any |= sim::lane(i).words[0];
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(sim::lane(i).words[0]) << i;
   sim::warp_sync();
-  return any;
+  return lanes;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline void __syncwarp() { sim::warp_sync(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T atomicAdd(T* p, T value) { return std::exchange(*p, *p + value); }
@@ -186,6 +187,10 @@ inline void ld_global_f32(float& d, const void* p) { d = at<float>(p); }
 inline void ld_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
   const uint32_t* w = &at<uint32_t>(p);
   a = w[0], b = w[1], c = w[2], d = w[3];
+}
+template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { ld_global_b32(d, p); }
+inline void ld_relaxed_gpu_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+  ld_global_v4_b32(a, b, c, d, p);
 }
 template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
 template <class T> void ld_shared_b16(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 2); }
@@ -248,6 +253,14 @@ inline void redux_sync_min_s32(int32_t& d, int32_t a, uint32_t mask) {
   int32_t most;
   redux_sync_max_s32(most, ~a, mask);
   d = ~most;
+}
+inline void redux_sync_add_s32(int32_t& d, int32_t a, uint32_t) {
+  sim::self->words[0] = a;
+  sim::warp_sync();
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += sim::lane(i).words[0];
+  d = sum;
+  sim::warp_sync();
 }
 template <class T> void from_lane(T& d, T a, int lane) {
   const T value = __shfl_sync(~0u, a, lane & 31);
