@@ -195,6 +195,7 @@ inline void ld_relaxed_gpu_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, 
 template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
 template <class T> void ld_shared_b16(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 2); }
 inline void ld_global_u8(uint32_t& d, const void* p) { d = at<uint8_t>(p); }
+inline void ld_relaxed_gpu_global_u8(uint32_t& d, const void* p) { ld_global_u8(d, p); }
 inline void ld_global_u16(uint32_t& d, const void* p) { d = at<uint16_t>(p); }
 inline void ld_shared_u8(uint32_t& d, uint32_t p) { d = at<uint8_t>(p); }
 inline void ld_shared_f32(float& d, uint32_t p) { d = at<float>(p); }
