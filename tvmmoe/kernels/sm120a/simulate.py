@@ -21,6 +21,7 @@ from tvmmoe.kernels.sm120a.intrinsics import FORMS
 _RUNTIME = r"""
 #include <ucontext.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -359,6 +360,7 @@ inline int cudaGetDevice(int* d) { return *d = 0; }
 inline int cudaSetDevice(int) { return 0; }
 namespace tvm { namespace ffi { struct CUDADeviceGuard { CUDADeviceGuard(int = 0) {} }; } }
 template <class F> int cudaFuncSetAttribute(F, int, int) { return 0; }
+template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
 template <class... P, class... A> int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A... args) {
   auto call = [&] { kernel(args...); };
   sim::arguments = &call;

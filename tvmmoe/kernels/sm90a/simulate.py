@@ -264,11 +264,6 @@ inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& d, float high, float low) {
 }  // namespace ptx
 """
 
-_ALLOW_SHARED_MEMORY = r"""
-#include <atomic>
-template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
-"""
-
 
 def _body(name: str) -> str | None:
     """C++ of the helper ``name`` where its asm is no single instruction."""
@@ -303,5 +298,5 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
-             _INSTRUCTIONS, kernels, base._HOST, _ALLOW_SHARED_MEMORY)  # fmt: skip
+             _INSTRUCTIONS, kernels, base._HOST)  # fmt: skip
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
