@@ -333,6 +333,7 @@ class GroupedGemm:
             coordinates = p.weight_coordinates(tile)
             boxes = let((tile.num_rows + (c.token_box - 1)) // c.token_box)
             num_bytes = T.int32(c.weight_tma_bytes)
+            policy = T.uint64(sm90a.EVICT_FIRST) if c.tile_m <= 32 else None  # few tokens: weights are read once
             if tokens is not None:
                 num_bytes = let(num_bytes + boxes * (c.k_blocks * c.token_box * desc.BLOCK_BYTES))
             with for_(self.k_steps) as step:
@@ -343,7 +344,7 @@ class GroupedGemm:
                     column = let((step * c.k_blocks + block) * desc.BLOCK_BYTES)
                     if weights is not None:
                         target = self.ws.ptr_to([ring.index * c.weight_stage + block * (ROWS * desc.BLOCK_BYTES)])
-                        _load_box(target, weights, [column, *coordinates], bar, c.tile_m <= 32)
+                        _load_box(target, weights, [column, *coordinates], bar, policy)
                     if tokens is not None:
                         first = let(ring.index * c.token_stage + block * (c.tile_m * desc.BLOCK_BYTES))
                         with for_(boxes) as box:
@@ -504,8 +505,8 @@ def _descriptor(pointer, stride_bytes: int, is_swizzled: bool):
     return let(T.uint64(constant) | cast((start & u32(0x3FFFF)) >> u32(4), "uint64"))
 
 
-def _load_box(target, tensor, place, barrier, is_streamed: bool = False) -> None:
-    sm90a.tma_load(len(place), target, T.address_of(tensor), place, barrier, is_streamed)
+def _load_box(target, tensor, place, barrier, policy=None) -> None:
+    sm90a.tma_load(len(place), target, T.address_of(tensor), place, barrier, policy)
 
 
 def _commit(barrier) -> None:

@@ -282,7 +282,7 @@ class Producer:
 def _decode_word(word, factor):
     """Eight e2m1 of a word times their scale as four bf16 pairs in column order."""
     spread, pairs = regs(8, "uint32"), regs(4, "uint32")
-    sm90a.decode_word(word, u32(sm90a.TWO_POW_126), spread, 0)  # (v, v + 4) for v = 0 ... 3
+    sm90a.decode_word(word, u32(sm90a.TWO_POW_126), spread, 0, None)  # (v, v + 4) for v = 0 ... 3
     for v in range(4):
         store(pairs, spread[2 * v], v)
     from_pairs(pairs)

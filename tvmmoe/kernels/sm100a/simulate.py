@@ -252,10 +252,6 @@ inline void st_shared_b32(uint32_t p, uint32_t v) { at<uint32_t>(p) = v, tc::wro
 inline void st_shared_v4_b32(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   st_shared_b32(p, a), st_shared_b32(p + 4, b), st_shared_b32(p + 8, c), st_shared_b32(p + 12, d);
 }
-inline void ld_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t p) {
-  if (p % 16) tc::fail("misaligned ld.shared.v4");
-  ld_shared_v2_b32(a, b, p), ld_shared_v2_b32(c, d, p + 8);
-}
 inline void store_matrices(uint32_t p, const std::vector<uint32_t>& pairs) {
   if (p % 16) tc::fail("misaligned stmatrix");
   sim::self->words[0] = p;

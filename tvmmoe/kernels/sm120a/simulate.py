@@ -21,6 +21,7 @@ from tvmmoe.kernels.sm120a.intrinsics import FORMS
 _RUNTIME = r"""
 #include <ucontext.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -159,14 +160,15 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= unsigned(pair >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
-inline int __any_sync(unsigned, int predicate) {
+inline unsigned __ballot_sync(unsigned, int predicate) {
   sim::self->words[0] = predicate != 0;
   sim::warp_sync();
-  int any = 0;
-  for (int i = 0; i < 32; ++i) any |= sim::lane(i).words[0];
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(sim::lane(i).words[0]) << i;
   sim::warp_sync();
-  return any;
+  return lanes;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline void __syncwarp() { sim::warp_sync(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T atomicAdd(T* p, T value) { return std::exchange(*p, *p + value); }
@@ -187,9 +189,14 @@ inline void ld_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
   const uint32_t* w = &at<uint32_t>(p);
   a = w[0], b = w[1], c = w[2], d = w[3];
 }
+template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { ld_global_b32(d, p); }
+inline void ld_relaxed_gpu_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+  ld_global_v4_b32(a, b, c, d, p);
+}
 template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
 template <class T> void ld_shared_b16(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 2); }
 inline void ld_global_u8(uint32_t& d, const void* p) { d = at<uint8_t>(p); }
+inline void ld_relaxed_gpu_global_u8(uint32_t& d, const void* p) { ld_global_u8(d, p); }
 inline void ld_global_u16(uint32_t& d, const void* p) { d = at<uint16_t>(p); }
 inline void ld_shared_u8(uint32_t& d, uint32_t p) { d = at<uint8_t>(p); }
 inline void ld_shared_f32(float& d, uint32_t p) { d = at<float>(p); }
@@ -248,6 +255,14 @@ inline void redux_sync_min_s32(int32_t& d, int32_t a, uint32_t mask) {
   int32_t most;
   redux_sync_max_s32(most, ~a, mask);
   d = ~most;
+}
+inline void redux_sync_add_s32(int32_t& d, int32_t a, uint32_t) {
+  sim::self->words[0] = a;
+  sim::warp_sync();
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += sim::lane(i).words[0];
+  d = sum;
+  sim::warp_sync();
 }
 template <class T> void from_lane(T& d, T a, int lane) {
   const T value = __shfl_sync(~0u, a, lane & 31);
@@ -345,6 +360,7 @@ inline int cudaGetDevice(int* d) { return *d = 0; }
 inline int cudaSetDevice(int) { return 0; }
 namespace tvm { namespace ffi { struct CUDADeviceGuard { CUDADeviceGuard(int = 0) {} }; } }
 template <class F> int cudaFuncSetAttribute(F, int, int) { return 0; }
+template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
 template <class... P, class... A> int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A... args) {
   auto call = [&] { kernel(args...); };
   sim::arguments = &call;

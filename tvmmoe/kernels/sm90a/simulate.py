@@ -190,15 +190,6 @@ template <int n> void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t
   sync(barrier, 128);
 }
 }  // namespace sim
-
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  sim::self->words[0] = predicate != 0;
-  sim::warp_sync();
-  unsigned lanes = 0;
-  for (int i = 0; i < 32; ++i) lanes |= unsigned(sim::lane(i).words[0]) << i;
-  sim::warp_sync();
-  return lanes;
-}
 """
 
 _INSTRUCTIONS = r"""
@@ -240,7 +231,6 @@ void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes(
 }
 template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); }
 template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
-template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { memcpy(&d, p, 4); }
 template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
 inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b; }
 inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -272,11 +262,6 @@ inline void cvt_rn_satfinite_e4m3x2_f32(uint16_t& d, float high, float low) {
   d = sim::to_e4m3(low) | sim::to_e4m3(high) << 8;
 }
 }  // namespace ptx
-"""
-
-_ALLOW_SHARED_MEMORY = r"""
-#include <atomic>
-template <class F> int tvmmoe_allow_shared_memory(F, int, int, std::atomic<uint64_t>&) { return 0; }
 """
 
 
@@ -313,5 +298,5 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
-             _INSTRUCTIONS, kernels, base._HOST, _ALLOW_SHARED_MEMORY)  # fmt: skip
+             _INSTRUCTIONS, kernels, base._HOST)  # fmt: skip
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
