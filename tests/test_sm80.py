@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_sm90a import call  # the workspace is Hopper's
 
-from tvmmoe import abi, loader
+from tvmmoe import loader
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType, WeightFormat
 from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels.sm90a import layout
 from tvmmoe.reference import moe_ref
-from tvmmoe.testing import Case, make_case, poison, rel_l2
-from tvmmoe.workspace import max_num_tiles
+from tvmmoe.testing import Case, make_case, rel_l2
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
@@ -47,53 +47,10 @@ def symbol_of(weight_format: WeightFormat, tile_m: int) -> str:
     return f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}"
 
 
-def call(function, case: Case, kwargs: dict, tile_m: int, do_finalize: bool, device: str) -> list[torch.Tensor]:
-    """Run one variant on poisoned workspace and results; the ids chosen are the last result."""
-    tokens, hidden_size, pairs = case.num_tokens, case.hidden_size, case.num_tokens * case.top_k
-    make = functools.partial(torch.empty, device=device)
-    ids = poison(make(tokens, case.top_k, dtype=torch.int16))
-    if do_finalize:
-        results = {"output": poison(make(tokens, hidden_size, dtype=torch.bfloat16))}
-    else:
-        rows = tile_m * max_num_tiles(pairs, case.num_local_experts, tile_m)
-        results = {
-            "gemm2_output": make(rows, hidden_size, dtype=torch.bfloat16).zero_(),
-            "expert_weights": poison(make(tokens, case.top_k, dtype=torch.bfloat16)),
-            "expanded_idx_to_permuted_idx": poison(make(pairs, dtype=torch.int32)),
-        }
-    pointers = {name: value.data_ptr() for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-    pointers |= {name: tensor.data_ptr() for name, tensor in results.items()} | {"routing_replay_out": ids.data_ptr()}
-    bias = kwargs["routing_bias"]
-    ints = kwargs | dict(
-        num_tokens=tokens,
-        hidden_size=hidden_size,
-        output_hidden_size=hidden_size,
-        n_group=kwargs["n_group"] or 0,
-        topk_group=kwargs["topk_group"] or 0,
-        routing_method=kwargs["routing_method_type"],
-        activation=case.activation,
-        activation_format=case.activation_format,
-        logits_is_bf16=kwargs["routing_logits"].dtype == torch.bfloat16,
-        bias_is_bf16=bias is not None and bias.dtype == torch.bfloat16,
-        do_finalize=do_finalize,
-        enable_pdl=True,
-    )
-    sizes = (tokens, case.top_k, hidden_size, case.intermediate_size, case.num_local_experts, tile_m)
-    workspace = poison(make(layout.workspace_bytes(*sizes), dtype=torch.uint8))
-    scale = kwargs["routed_scaling_factor"]
-    function(
-        workspace,
-        *(pointers.get(name, 0) for name in abi.POINTERS),
-        *(int(ints[name]) for name in abi.INTS),
-        1.0 if scale is None else float(scale),
-    )
-    return [*results.values(), ids]
-
-
 def run_twice(function, case: Case, kwargs: dict, tile_m: int, do_finalize: bool, device: str) -> list[torch.Tensor]:
     """Results on the CPU, the same in two runs."""
     there = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
-    runs = [[t.cpu() for t in call(function, case, there, tile_m, do_finalize, device)] for _ in range(2)]
+    runs = [[t.cpu() for t in call(case, there, tile_m, do_finalize, function)] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
     return runs[0]
