@@ -25,7 +25,7 @@ HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
     import tvm_ffi
 
-    from tvmmoe.kernels.sm90a import build, gemm, gemm_fp8, operator, operator_fp8, simulate
+    from tvmmoe.kernels.sm90a import build, gemm, operator, operator_fp8, simulate
     from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
     from tvmmoe.kernels.sm90a.trace import (
         Smem,
@@ -298,8 +298,7 @@ def simulated(early: bool, folder):
     """The packed function on three CTAs, compiled for this CPU."""
     path = folder / f"fp8_{early}.so"
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gemm, gemm_fp8):
-            patch.setattr(module, "NUM_CTAS", 3)
+        patch.setattr(gemm, "NUM_CTAS", 3)
         source = build.fp8_source.__wrapped__()
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[operator_fp8.SYMBOL]

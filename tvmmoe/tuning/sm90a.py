@@ -30,8 +30,10 @@ KNOBS = {
     "ks": (1, 2, 4),
     "warpgroups": (2, 4),
     "k_blocks": (1, 2, 4),
+    "cluster": (1, 2),
     "max_stages": (kernel.MAX_STAGES,),
 }
+MIN_SHARED_TILE = 64  # columns from which a cluster is tried: below, tokens are few beside the weights
 
 device_name = cuda.device_name
 tvm_target = functools.partial(cuda.tvm_target, "sm_90a", kernel.SMEM_BYTES)
@@ -52,8 +54,9 @@ def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
 
 def default_of_tile(tile_m: int) -> dict[str, int]:
     """Hand-chosen decisions for a tile height."""
-    mi, ks, warpgroups, k_blocks = TILES[tile_m]
-    return dict(tile_m=tile_m, mi=mi, ks=ks, warpgroups=warpgroups, k_blocks=k_blocks, max_stages=kernel.MAX_STAGES)
+    mi, ks, warpgroups, k_blocks, cluster = TILES[tile_m]
+    choices = dict(mi=mi, ks=ks, warpgroups=warpgroups, k_blocks=k_blocks, cluster=cluster)
+    return dict(tile_m=tile_m, **choices, max_stages=kernel.MAX_STAGES)
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:
@@ -61,7 +64,8 @@ def is_legal(task: Task, config: dict[str, int]) -> bool:
     c = gemm_config(task, config)
     registers = c.mi * c.tile_m <= (256 if c.warpgroups == 2 else 96)
     fits = c.tile_m in knobs(task)["tile_m"] and c.ks <= c.warpgroups and c.k_blocks % c.ks == 0
-    return fits and registers and _num_stages(task, c) >= 2
+    shares = c.cluster == 1 or c.tile_m >= MIN_SHARED_TILE
+    return fits and registers and shares and _num_stages(task, c) >= 2
 
 
 def _num_stages(task: Task, c: kernel.GemmConfig) -> int:
@@ -76,7 +80,8 @@ def _num_stages(task: Task, c: kernel.GemmConfig) -> int:
 def features(task: Task, config: dict[str, int]) -> list[float]:
     """Decisions, then tiles, waves, padding, stages and bytes a stage."""
     c = gemm_config(task, config)
-    tiles = task.num_active_experts * math.ceil(task.rows_per_expert / c.tile_m) * (task.weight_rows / c.rows)
+    row_blocks = math.ceil(task.weight_rows / c.rows / c.cluster) * c.cluster
+    tiles = task.num_active_experts * math.ceil(task.rows_per_expert / c.tile_m) * row_blocks
     waves = math.ceil(tiles / kernel.NUM_CTAS)
     padding = math.ceil(task.rows_per_expert / c.tile_m) * c.tile_m / task.rows_per_expert
     stage_bytes = c.k_blocks * (c.tile_m * 256 + c.rows * 64)
@@ -89,7 +94,7 @@ def features(task: Task, config: dict[str, int]) -> list[float]:
 
 def symbol(stage: str, c: kernel.GemmConfig) -> str:
     """Name of a candidate's packed function."""
-    choices = f"m{c.tile_m}_mi{c.mi}_ks{c.ks}_wg{c.warpgroups}_kb{c.k_blocks}_st{c.max_stages}"
+    choices = f"m{c.tile_m}_mi{c.mi}_ks{c.ks}_wg{c.warpgroups}_kb{c.k_blocks}_cl{c.cluster}_st{c.max_stages}"
     return f"{stage}_{c.weight_format.name}_moe_{choices}"
 
 

@@ -96,8 +96,8 @@ class GroupedGemm:
         weight_map = p.weight_map(c)
         dims, box = [p.padded_k, a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
         token_map = tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
-        row_blocks = cast(p.num_row_blocks(c), "int32")
-        with kernel(p.name, T.int32(NUM_CTAS), (c.warpgroups + 1) * 128) as thread:
+        row_blocks = cast((p.num_row_blocks(c) + (c.cluster - 1)) // c.cluster, "int32")  # of a cluster
+        with kernel(p.name, T.int32(NUM_CTAS), (c.warpgroups + 1) * 128, cluster=c.cluster) as thread:
             self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
             self._allocate()
             if not p.knows_tiles:
@@ -113,8 +113,7 @@ class GroupedGemm:
             pitches = T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)
             self.pitch_of_scales = let(T.Select(self.is_aligned, *pitches))
             self.num_items = let(load("int32", address(a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
-            self.item = scalar("int32", thread.cta)
-            self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
+            self.rank = let(thread.cta % c.cluster)  # in the cluster
             producer = 4 * c.warpgroups  # first warp of the producers' warpgroup
             with if_(thread.warp >= producer):
                 ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
@@ -128,6 +127,8 @@ class GroupedGemm:
                     ptx.griddepcontrol.wait()
                 ptx.griddepcontrol.launch_dependents()
                 self._consume()
+            if c.cluster > 1:  # whose CTAs still write here
+                cuda.cluster_sync()
 
     def _allocate(self) -> None:
         smem, s = Smem(), self.stages
@@ -141,7 +142,7 @@ class GroupedGemm:
         smem.commit()
         self._initialize()
         with if_(self.thread.tid == 0):
-            releases = u32(4 * self.c.warpgroups)
+            releases = u32(4 * self.c.warpgroups * self.c.cluster)
             for i in range(s):
                 ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + SCALE_LANES))
                 ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), releases)
@@ -149,6 +150,8 @@ class GroupedGemm:
             ptx.fence.mbarrier_init.release.cluster()
             ptx.fence.proxy.async_.shared__cta()
         cuda.cta_sync()
+        if self.c.cluster > 1:
+            cuda.cluster_sync()
 
     def _allocate_more(self, smem: Smem) -> None:
         """What only this way of multiplying needs: the factors of decode_word."""
@@ -170,7 +173,7 @@ class GroupedGemm:
 
     def _tile(self, space: str = "global") -> Tile:
         token_tile = let(self.item // self.row_blocks)
-        row_block = let(self.item % self.row_blocks)
+        row_block = let(self.item % self.row_blocks * self.c.cluster + self.rank)
         offset = let(cast(token_tile, "int64") * 4)
         names = ("tile_expert", "tile_rows")
         expert, num_rows = (load("int32", address(self.a.ws[name], offset), space) for name in names)
@@ -178,9 +181,16 @@ class GroupedGemm:
 
     # ---------------------------------------------------------------------------------------------------- producers
 
+    def _begin_role(self) -> None:
+        """Pipeline state of one role: what all of them shared would not stay in uniform registers."""
+        self.item = scalar("int32", self.thread.cta // self.c.cluster)
+        self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
+
+    def _next_item(self) -> None:
+        assign(self.item, self.item + NUM_CTAS // self.c.cluster)
+
     def _produce_operands(self) -> None:
         c = self.c
-        weights, tokens = T.address_of(self.weight_map), T.address_of(self.token_map)
         self.policy = None
         if c.is_streamed and c.tile_m > 16:  # beside 32 columns what follows costs 3 %
             self.policy = T.uint64(isa.EVICT_FIRST)
@@ -188,43 +198,43 @@ class GroupedGemm:
             # Rows that start inside a 64-byte piece share it with the next K block: that must stay until then.
             is_whole = (self.p.k // 2) & T.int64(63) == T.int64(0)
             self.policy = let(T.Select(is_whole, T.uint64(isa.EVICT_FIRST), T.uint64(isa.EVICT_NORMAL)))
-        with if_(cuda.elect_sync() != u32(0)):
-            ptx.prefetch.tensormap(weights)
-            ptx.prefetch.tensormap(tokens)
-            early = scalar("int32", T.int32(0))  # stages whose weights are on their way
-            if self.p.knows_tiles:
-                with if_(self.item < self.num_items):
-                    tile = self._tile(PAST_L1)
-                    coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
-                    assign(early, T.min(self.k_steps, T.int32(self.stages)))
-                    with for_(early) as step:
-                        self._load_weights(step, step, coordinates, x_bytes)
-                ptx.griddepcontrol.wait()
-            with while_(self.item < self.num_items):
-                tile = self._tile()
-                coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
-                with for_(self.k_steps) as step:
+        self._begin_role()
+        if c.is_issued_by_warp:
+            self._issue_loads(self.thread.lane == 0)
+        else:
+            with if_(cuda.elect_sync() != u32(0)):
+                self._issue_loads(T.bool(True))
 
-                    def wait_and_load(step=step):
-                        cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+    def _issue_loads(self, is_issuer) -> None:
+        c = self.c
+        with if_(is_issuer):
+            ptx.prefetch.tensormap(T.address_of(self.weight_map))
+            ptx.prefetch.tensormap(T.address_of(self.token_map))
+        early = scalar("int32", T.int32(0))  # stages whose weights are on their way
+        if self.p.knows_tiles:
+            with if_(self.item < self.num_items):
+                tile = self._tile(PAST_L1)
+                coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
+                assign(early, T.min(self.k_steps, T.int32(self.stages)))
+                with for_(early) as step:
+                    with if_(is_issuer):
+                        self._load_weights(step, step, coordinates, x_bytes)
+            ptx.griddepcontrol.wait()
+        with while_(self.item < self.num_items):
+            tile = self._tile()
+            coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
+            with for_(self.k_steps) as step:
+
+                def wait_and_load(step=step):
+                    cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+                    with if_(is_issuer):
                         self._load_weights(self.stage, step, coordinates, x_bytes)
 
-                    if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
-                    halves = self.token_bytes * c.k_blocks  # of 128 bytes a token
-                    with for_(x_bytes // (halves * c.token_box * 128)) as box:
-                        for half in range(halves):
-                            offset = self.stage * self.x_stage + half * (c.tile_m * 128) + box * (c.token_box * 128)
-                            k = step * (K_BLOCK * c.k_blocks) + half * (128 // self.token_bytes)
-                            row = tile.token_tile * c.tile_m + box * c.token_box
-                            isa.tma_load(2, self.xs.ptr_to([offset]), tokens, [k, row], self.full.ptr_to([self.stage]))
-                    self._advance()
-                assign(self.item, self.item + NUM_CTAS)
-
-    def _token_bytes(self, tile: Tile):
-        """Bytes of token columns that a stage of this tile loads."""
-        c = self.c
-        rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
-        return let(rows * (self.token_bytes * K_BLOCK * c.k_blocks))
+                if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
+                with if_(is_issuer):
+                    self._load_tokens(tile, step, x_bytes)
+                self._advance()
+            self._next_item()
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -234,7 +244,31 @@ class GroupedGemm:
             place = [(step * c.k_blocks + block) * (K_BLOCK // 2), *coordinates]
             isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, self.policy)
 
+    def _load_tokens(self, tile: Tile, step, x_bytes) -> None:
+        """A stage's token boxes; the CTAs of a cluster take turns at them, and all get all."""
+        c = self.c
+        halves = self.token_bytes * c.k_blocks  # of 128 bytes a token
+        num_boxes = x_bytes // (halves * c.token_box * 128)
+        with for_((num_boxes + (c.cluster - 1 - self.rank)) // c.cluster) as turn:
+            box = turn * c.cluster + self.rank
+            for half in range(halves):
+                offset = self.stage * self.x_stage + half * (c.tile_m * 128) + box * (c.token_box * 128)
+                k = step * (K_BLOCK * c.k_blocks) + half * (128 // self.token_bytes)
+                place = [k, tile.token_tile * c.tile_m + box * c.token_box]
+                target = self.xs.ptr_to([offset]), T.address_of(self.token_map), place, self.full.ptr_to([self.stage])
+                if c.cluster > 1:
+                    isa.tma_load_to_cluster(2, *target, c.cluster)
+                else:
+                    isa.tma_load(2, *target)
+
+    def _token_bytes(self, tile: Tile):
+        """Bytes of token columns that a stage of this tile loads."""
+        c = self.c
+        rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
+        return let(rows * (self.token_bytes * K_BLOCK * c.k_blocks))
+
     def _produce_scales(self, lane) -> None:
+        self._begin_role()
         c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
         if self.p.knows_tiles:
             ptx.griddepcontrol.wait()
@@ -255,7 +289,7 @@ class GroupedGemm:
                         self._copy_scales(destination, expert + cast(offset + k_byte, "int64"), left)
                 ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
                 self._advance()
-            assign(self.item, self.item + NUM_CTAS)
+            self._next_item()
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
         """What a subclass lets the scale warps find out about a tile before they copy the scales of its rows.
@@ -285,6 +319,7 @@ class GroupedGemm:
     # ---------------------------------------------------------------------------------------------------- consumers
 
     def _consume(self) -> None:
+        self._begin_role()
         c, thread = self.c, self.thread
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
@@ -316,7 +351,7 @@ class GroupedGemm:
             self._release_previous()
             assign(self.previous, T.int32(self.stages))
             self._epilogue(tile, state)
-            assign(self.item, self.item + NUM_CTAS)
+            self._next_item()
 
     def _multiply(self, tile: Tile, widths) -> None:
         """Main loop at the smallest of ``widths`` that holds the tile's rows."""
@@ -402,8 +437,17 @@ class GroupedGemm:
 
     def _release_previous(self) -> None:
         """This warp is done with the previous stage; before the first one that is a barrier nobody waits for."""
-        with if_(self.thread.lane == 0):
-            ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([self.previous]), u32(1))
+        self._release(self.previous)
+
+    def _release(self, stage) -> None:
+        """Tell whoever writes into a stage that this warp is done with it: every CTA of the cluster."""
+        lane, barrier = self.thread.lane, self.empty.ptr_to([stage])
+        if self.c.cluster > 1:
+            with if_(lane < self.c.cluster):
+                isa.arrive_in_cluster(barrier, lane)
+        else:
+            with if_(lane == 0):
+                ptx.mbarrier.arrive.shared.b64(barrier, u32(1))
 
     # ----------------------------------------------------------------------------------------------------- epilogue
 

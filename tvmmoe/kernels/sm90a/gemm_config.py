@@ -28,7 +28,17 @@ class GemmConfig:
     ks: int  # warpgroups that share rows and split K
     warpgroups: int  # consumers
     k_blocks: int  # of a pipeline stage, a multiple of ks
+    cluster: int = 1  # neighbouring CTAs that take neighbouring row blocks of the same tokens, loaded once for all of them
     max_stages: int = MAX_STAGES
+
+    @property
+    def is_issued_by_warp(self) -> bool:
+        """Whether the TMA warp stays together and its first lane issues, instead of leaving one elected thread alone.
+
+        ptxas then keeps the pipeline's state in uniform registers and spills nothing: 2 to 5 % faster, but a tenth slower
+        at 8 columns (schedules/notes.md).
+        """
+        return self.tile_m > 8
 
     @property
     def row_groups(self) -> int:
@@ -85,7 +95,7 @@ class GemmConfig:
     @property
     def words_per_group(self) -> int:
         """Words of weights a fragment row that one wgmma group multiplies."""
-        return 2 if self.tile_m * self.mi <= 16 else 1
+        return 2 if self.tile_m * self.mi <= 16 or self.tile_m == 64 else 1
 
     @property
     def decodes_by_multiplying(self) -> bool:

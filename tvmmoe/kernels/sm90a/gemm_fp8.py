@@ -40,7 +40,7 @@ from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
 from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm, Tile
-from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     I,
@@ -166,6 +166,7 @@ class Fp8Gemm(GroupedGemm):
     # ------------------------------------------------------------------------------------------------------ consumers
 
     def _consume(self) -> None:
+        self._begin_role()
         c, thread = self.c, self.thread
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
@@ -193,11 +194,7 @@ class Fp8Gemm(GroupedGemm):
             self._store_tile(tile, None)
             ptx.mbarrier.arrive.shared.b64(self.info_empty.ptr_to([self.buffer]), u32(1))
             assign(self.turn, self.turn + 1)
-            assign(self.item, self.item + NUM_CTAS)
-
-    def _release(self) -> None:
-        with if_(self.thread.lane == 0):
-            ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([self.stage]), u32(1))
+            self._next_item()
 
     def _load_words(self, block) -> None:
         base = self.stage * self.w_stage + block * self.w_block + self.quad * 16
@@ -263,7 +260,7 @@ class Fp8Gemm(GroupedGemm):
                     fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
             ptx.wgmma.commit_group.sync.aligned()
             ptx.wgmma.wait_group.sync.aligned(0)
-        self._release()
+        self._release(self.stage)
         self._promote(width)
 
     def _promote(self, width: int) -> None:
@@ -293,7 +290,7 @@ class Fp8Gemm(GroupedGemm):
                 self._load_words(block)
                 with for_(4) as quad:
                     self._multiply_scale_block(block, quad, low)
-            self._release()
+            self._release(self.stage)
             self._advance()
 
     def _fetch_token_scales(self, tile: Tile, block) -> None:

@@ -19,6 +19,7 @@ NVFP4_SHIFT = 8
 SQRT_HALF = 0.707106769084930419921875  # as float32
 EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000  # L2 policies
 TMA = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
+TMA_TO_CLUSTER = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
 TWO_POW_126 = 0x7E807E80  # bf16 pair
 _MAX_FAST_UE8M0 = 128
 
@@ -29,6 +30,18 @@ def tma_load(rank: int, destination, descriptor, coordinates, barrier, policy=No
         ptx[TMA.format(rank)](destination, descriptor, *coordinates, barrier)
     else:
         ptx[TMA.format(rank) + ".L2::cache_hint"](destination, descriptor, *coordinates, barrier, policy)
+
+
+def tma_load_to_cluster(rank: int, destination, descriptor, coordinates, barrier, cluster: int) -> None:
+    """:func:`tma_load` to the same place in every CTA of a cluster, counted by each one's own barrier."""
+    ptx[TMA_TO_CLUSTER.format(rank)](destination, descriptor, *coordinates, barrier, T.uint16((1 << cluster) - 1))
+
+
+def arrive_in_cluster(barrier, cta) -> None:
+    """Arrive at the same barrier of CTA ``cta`` of the cluster."""
+    remote = scalar("uint32")
+    ptx.mapa.shared__cluster.u32(remote, cuda.cvta_generic_to_shared(barrier), cast(cta, "uint32"))
+    ptx.mbarrier.arrive.shared__cluster.b64(remote)
 
 
 def copy_async(destination, source, size: int, num_bytes) -> None:

@@ -64,13 +64,16 @@ def kernel_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def kernel(name: str, num_ctas, num_threads: int, ctas_per_sm: int = 1) -> Iterator[Thread]:
+def kernel(name: str, num_ctas, num_threads: int, ctas_per_sm: int = 1, cluster: int = 1) -> Iterator[Thread]:
     """One device region, launched as a grid of ``num_ctas`` (host int32 expression) CTAs.
 
-    Registers are limited so that ``ctas_per_sm`` fit.
+    Registers are limited so that ``ctas_per_sm`` fit. ``cluster`` neighbouring CTAs run at the same time and reach each
+    other's shared memory.
     """
     _names.append(name)
     with I.attr({"tirx.device_entry": T.bool(True)}), I.attr({"tirx.launch_bounds_min_blocks_per_sm": ctas_per_sm}):
+        if cluster > 1:
+            I.cta_id_in_cluster([cluster])
         cta = I.cta_id([num_ctas], dtype="int32")
         warp = I.warp_id([num_threads // 32])
         lane = I.lane_id([32])
