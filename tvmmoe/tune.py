@@ -34,7 +34,7 @@ from tvmmoe.tuning.tasks import STAGES, Task, key_of
 from tvmmoe.tuning.worker import Worker
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-MODULES = {name: f"tvmmoe.tuning.{name}" for name in ("cpu", "sm90a", "sm100a", "sm120a")}
+MODULES = {name: f"tvmmoe.tuning.{name}" for name in ("cpu", "sm90a", "sm100a", "sm120a", "sm80")}
 
 
 def native_target() -> str:

@@ -100,16 +100,19 @@ def symbol(stage: str, c: kernel.GemmConfig) -> str:
 
 def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
     """Host function of one stage alone, by the operator's calling convention."""
-    name = symbol(stage, c)
+    launch = (lambda a: gemm1(a, c, True)) if stage == "gemm1" else (lambda a: gemm2(a, c))
+    return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch)
+
+
+def host_function(
+    name: str, tile_m: int, launch_params: list[str], launch: Callable[[Arguments], None]
+) -> tvm.tirx.PrimFunc:
+    """A packed function that takes the operator's arguments and launches what ``launch`` emits."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(name)
-            I.func_attr({"global_symbol": name, "tirx.kernel_launch_params": LAUNCH_PARAMS})
-            a = Arguments(c.tile_m)
-            if stage == "gemm1":
-                gemm1(a, c, True)
-            else:
-                gemm2(a, c)
+            I.func_attr({"global_symbol": name, "tirx.kernel_launch_params": launch_params})
+            launch(Arguments(tile_m))
     return builder.get()
 
 

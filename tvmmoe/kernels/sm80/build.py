@@ -7,8 +7,10 @@ keep the result in the driver's cache.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import tvm
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels import nvcc
@@ -29,7 +31,11 @@ def file_name(weight_format: WeightFormat) -> str:
 
 def cuda_source(functions: Sequence[Variant]) -> str:
     """CUDA C++ of the operators, host code included."""
-    makers = {variant.symbol: functools.partial(operator, variant) for variant in functions}
+    return packed_source({variant.symbol: functools.partial(operator, variant) for variant in functions})
+
+
+def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]]) -> str:
+    """CUDA C++ of packed functions by symbol."""
     limits = {"max_threads_per_block": 1024, "max_shared_memory_per_block": SMEM_BYTES}
     source = nvcc.packed_source(makers, {"arch": "sm_80", **limits})
     # Hopper's stages wait for the grids before them. Without the launch attribute they start after those anyway, and
