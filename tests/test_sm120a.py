@@ -415,6 +415,7 @@ def gpu_function(name: str, symbol: str, folder: Path):
     return tvm_ffi.load_module(str(path))[symbol]
 
 
+@needs_tvm
 @pytest.mark.parametrize("name, byte_id", EMULATED_MMAS)
 class TestEmulatedInstruction:
     pytestmark = on_hopper

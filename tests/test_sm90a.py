@@ -2,10 +2,11 @@
 """Every variant of the Hopper artifacts, called through the artifact ABI, against the reference.
 
 The public operator only reaches the variant that the selection table names; here each one meets every mode, tails in K
-and in rows, all routing methods, poisoned memory, and a second run.
+and in rows, all routing methods, poisoned memory, and a second run. Some of them are also simulated on the CPU.
 """
 
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ from tvmmoe.kernels.sm90a import layout
 from tvmmoe.reference import moe_ref
 from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch
 from tvmmoe.workspace import max_num_tiles
+
+HAS_TVM = importlib.util.find_spec("tvm") is not None
+if HAS_TVM:
+    import tvm_ffi
+
+    from tvmmoe.kernels.sm90a import build, gemm, simulate
+    from tvmmoe.kernels.sm120a.simulate import compile_so
 
 TILES = (8, 16, 32, 64, 96, 256)
 BASE = Case(num_tokens=37, hidden_size=256, intermediate_size=256, num_experts=16, top_k=4)
@@ -182,3 +190,48 @@ class TestRoutes:
         sizes = dict(num_tokens=num_tokens, hidden_size=64, intermediate_size=64, num_experts=128)
         case = Case(**vars(BASE) | sizes | dict(logits_dtype=logits_dtype) | ROUTES[name])
         check(case, 8, do_finalize=False)
+
+
+# ----------------------------------------------------------------------------------------------- the operator, simulated
+
+SMALL = Case(num_tokens=24, hidden_size=256, intermediate_size=160, num_experts=3, top_k=2)
+# (weight format, tile, copies at once): the K split over warpgroups, one and two fragments sets, clusters of two CTAs.
+SIMULATED = {
+    "ks_4": (MX, 8, False), "ks_2": (NV, 16, False), "widths": (NV, 96, False), "cluster": (MX, 256, False),
+    "cluster_early": (MX, 256, True),
+}  # fmt: skip
+SIMULATED_CASES = {
+    "plain": {},
+    "odd_row_blocks": dict(hidden_size=352, intermediate_size=96, activation=ActivationType.Geglu, has_gemm1_bias=True),
+    "ungated": dict(activation=ActivationType.Relu2, intermediate_size=288, has_gemm2_bias=True),
+    "many_stages": dict(num_tokens=150, hidden_size=1024),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("simulated_sm90a")
+
+
+@functools.cache
+def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder):
+    """The packed function of the shipped kernels on four CTAs, compiled for this CPU."""
+    (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
+    path = folder / f"{variant.symbol}_{early}.so"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "NUM_CTAS", 4)
+        source = build.cuda_source([variant])
+    compile_so(simulate.host_source(source, early), path)
+    return tvm_ffi.load_module(str(path))[variant.symbol]
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("case_name", SIMULATED_CASES)
+@pytest.mark.parametrize("name", SIMULATED)
+def test_simulated_variant_matches_reference(name, case_name, folder):
+    weight_format, tile_m, early = SIMULATED[name]
+    case = Case(**vars(SMALL) | dict(weight_format=weight_format) | SIMULATED_CASES[case_name])
+    kwargs = make_case(case)
+    function = simulated(weight_format, tile_m, early, folder)
+    output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
+    assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-3

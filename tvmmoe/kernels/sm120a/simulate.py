@@ -45,7 +45,8 @@ struct Copy { char* to; const void* from; int size, bytes; };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  dim3 thread;
+  dim3 thread, block;
+  int rank, first;  // of its CTA in the cluster; number of that CTA's first fiber
   uint32_t words[8];  // what a warp instruction shows to the other lanes
   std::vector<std::vector<Copy>> groups{1};
   bool done = false;
@@ -53,10 +54,11 @@ struct Fiber {
 struct Barrier { int arrived = 0, generation = 0; };
 constexpr int kStack = 256 * 1024;
 inline std::vector<Fiber> fibers;
-inline std::vector<Barrier> warps;
-inline Barrier cta;
-inline int num_threads;  // of the CTA
+inline std::vector<Barrier> warps, ctas;  // of the cluster that runs
+inline Barrier cluster;
+inline int num_threads, num_ctas;  // of a CTA, of a cluster
 inline std::vector<char> smem;
+inline size_t smem_stride;  // from one CTA's shared memory to the next one's
 inline ucontext_t scheduler;
 inline Fiber* self;
 inline dim3 block;
@@ -79,20 +81,22 @@ inline void wait(Barrier& barrier, int count) {
   }
   while (barrier.generation == mine) yield();
 }
-inline void warp_sync() { wait(warps[self->thread.x / 32], 32); }
-inline Fiber& lane(int index) { return fibers[self->thread.x / 32 * 32 + index]; }
+inline void warp_sync() { wait(warps[(self->first + self->thread.x) / 32], 32); }
+inline Fiber& lane(int index) { return fibers[self->first + self->thread.x / 32 * 32 + index]; }
 inline void start() {
   entry(arguments);
   self->done = true;
   ++progress;
   for (;;) yield();
 }
-inline void run_cta(int threads) {
-  num_threads = threads;
-  for (int i = 0; i < threads; ++i) {
+inline void run_cluster() {
+  const int total = num_threads * num_ctas;
+  for (int i = 0; i < total; ++i) {
     Fiber& f = fibers[i];
     if (!f.stack) f.stack.reset(new char[kStack]);
-    f.thread = dim3(i), f.done = false, f.groups.assign(1, {});
+    f.rank = i / num_threads, f.first = f.rank * num_threads;
+    f.thread = dim3(i % num_threads), f.block = dim3(block.x + f.rank, block.y);
+    f.done = false, f.groups.assign(1, {});
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -101,31 +105,42 @@ inline void run_cta(int threads) {
   for (bool live = true; live;) {
     const long before = progress;
     live = false;
-    for (int i = 0; i < threads; ++i) {
-      if (fibers[i].done) continue;
-      live = true;
-      self = &fibers[i];
-      swapcontext(&scheduler, &self->context);
-    }
+    for (int first = 0; first < total; first += num_threads)  // one CTA as far as it gets before the next: they drift apart
+      for (long last = -1; last != progress;) {
+        last = progress;
+        for (int i = first; i < first + num_threads; ++i) {
+          if (fibers[i].done) continue;
+          live = true;
+          self = &fibers[i];
+          swapcontext(&scheduler, &self->context);
+        }
+      }
     if (live && progress == before && !on_idle()) {
       fprintf(stderr, "simulate: deadlock in CTA %u\n", block.x);
       abort();
     }
   }
 }
-inline void run_grid(dim3 ctas, int threads, size_t bytes) {
-  if (fibers.size() < size_t(threads)) fibers = std::vector<Fiber>(threads);
-  warps.assign(threads / 32, {});
-  cta = {};
-  for (unsigned i = 0; i < ctas.x * ctas.y; ++i) {
-    block = dim3(i % ctas.x, i / ctas.x);
-    smem.assign(bytes + 1024, char(0xff));
+inline void run_grid(dim3 grid, int threads, size_t bytes, int cluster_size) {
+  num_threads = threads, num_ctas = cluster_size;
+  const size_t total = size_t(threads) * num_ctas;
+  if (fibers.size() < total) fibers = std::vector<Fiber>(total);
+  warps.assign(total / 32, {});
+  ctas.assign(num_ctas, {});
+  cluster = {};
+  smem_stride = (bytes + 1023) / 1024 * 1024;
+  for (unsigned i = 0; i < grid.x * grid.y; i += num_ctas) {
+    block = dim3(i % grid.x, i / grid.x);
+    smem.assign(num_ctas * smem_stride + 1024, char(0xff));
     on_begin();
-    run_cta(threads);
+    run_cluster();
     on_end();
   }
 }
-inline char* shared() { return (char*)((uintptr_t(smem.data()) + 1023) & ~uintptr_t(1023)); }
+inline char* shared_of(int rank) {
+  return (char*)((uintptr_t(smem.data()) + 1023) & ~uintptr_t(1023)) + rank * smem_stride;
+}
+inline char* shared() { return shared_of(self->rank); }
 inline void make(const Copy& c) {
   memcpy(c.to, c.from, c.bytes);
   memset(c.to + c.bytes, 0, c.size - c.bytes);
@@ -140,7 +155,7 @@ inline uint32_t bf16(float x) {
 using std::max;
 using std::min;
 #define threadIdx (sim::self->thread)
-#define blockIdx (sim::block)
+#define blockIdx (sim::self->block)
 
 template <class T> T __shfl_sync(unsigned, T value, int lane, int = 32) {
   memcpy(sim::self->words, &value, sizeof(T));
@@ -152,7 +167,7 @@ template <class T> T __shfl_sync(unsigned, T value, int lane, int = 32) {
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
   return __shfl_sync(~0u, value, (sim::self->thread.x % 32) ^ mask);
 }
-inline void __syncthreads() { sim::wait(sim::cta, sim::num_threads); }
+inline void __syncthreads() { sim::wait(sim::ctas[sim::self->rank], sim::num_threads); }
 inline size_t __cvta_generic_to_shared(const void* p) { return (const char*)p - sim::shared(); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t pair = uint64_t(b) << 32 | a;
@@ -346,14 +361,18 @@ inline void {name}(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
 """
 
 _HOST = r"""
-struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
+struct cudaLaunchAttribute {
+  int id;
+  struct { int programmaticStreamSerializationAllowed; struct { unsigned x, y, z; } clusterDim; } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim; size_t dynamicSmemBytes; void* stream; cudaLaunchAttribute* attrs; int numAttrs;
 };
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess, cudaErrorCudartUnloading, cudaFuncAttributeMaxDynamicSharedMemorySize,
-       cudaLaunchAttributeProgrammaticStreamSerialization };
+       cudaFuncAttributeNonPortableClusterSizeAllowed,
+       cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 inline const char* cudaGetErrorString(int) { return ""; }
 inline int cudaGetLastError() { return 0; }
 inline int cudaGetDevice(int* d) { return *d = 0; }
@@ -365,7 +384,10 @@ template <class... P, class... A> int cudaLaunchKernelEx(const cudaLaunchConfig_
   auto call = [&] { kernel(args...); };
   sim::arguments = &call;
   sim::entry = [](void* p) { (*(decltype(call)*)p)(); };
-  sim::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes);
+  int cluster = 1;
+  for (int i = 0; i < c->numAttrs; ++i)
+    if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+  sim::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes, cluster);
   return 0;
 }
 """

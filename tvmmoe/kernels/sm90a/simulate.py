@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generated CUDA C++ of the fp8 operator compiled by the host compiler: it runs on a CPU, host function included.
+"""The generated CUDA C++ of a Hopper operator compiled by the host compiler: it runs on a CPU, host function included.
 
 Fibers, CTA barriers and shuffles are those of sm120a.simulate. Here are mbarriers, TMA (boxes of a tensor map, zeros
-outside of it, 128-byte swizzle), named barriers, and wgmma of e4m3 with A in registers, which sums as the H100 was measured
-to: 32 products and the accumulator aligned to the largest of them, cut off below 2^-13 of it.
+outside of it, 128-byte swizzle, to one CTA or all of a cluster), named barriers, and wgmma with A in registers: of bf16, and
+of e4m3, which sums as the H100 was measured to: 32 products and the accumulator aligned to the largest of them, cut off
+below 2^-13 of it.
 
 A TMA copy is made when a thread first asks for its barrier, or with ``early`` at once: a missing wait shows in the one, a
 buffer that is overwritten too soon in the other. wgmma happens when it is issued.
@@ -20,24 +21,28 @@ using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 using CUresult = int;
 enum { CUDA_SUCCESS };
-enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 };
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 = 1, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };  // bytes of an element
 using CUtensorMapInterleave = int;
 using CUtensorMapSwizzle = int;
 using CUtensorMapL2promotion = int;
 using CUtensorMapFloatOOBfill = int;
 #define __grid_constant__
-struct CUtensorMap { const char* data; int rank, swizzle; uint64_t dims[5], strides[5]; uint32_t box[5]; };
+struct CUtensorMap {  // innermost dimension in bytes
+  const char* data; int rank, swizzle, element; uint64_t dims[5], strides[5]; uint32_t box[5];
+};
 inline int64_t tvmmoe_address(const void* p) { return int64_t(p); }
 inline int cuGetErrorString(int, const char**) { return 0; }
-inline int cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, uint32_t rank, void* data, const uint64_t* dims,
+inline int cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, uint32_t rank, void* data, const uint64_t* dims,
                                   const uint64_t* strides, const uint32_t* box, const uint32_t*, int, int swizzle, int, int) {
-  *map = {(const char*)data, int(rank), swizzle};
+  *map = {(const char*)data, int(rank), swizzle, int(type)};
   bool good = uintptr_t(data) % 16 == 0;
   for (unsigned i = 0; i < rank; ++i) {
-    map->dims[i] = dims[i], map->box[i] = box[i], map->strides[i] = i ? strides[i - 1] : 1;
+    const int bytes = i ? 1 : type;
+    map->dims[i] = dims[i] * bytes, map->box[i] = box[i] * bytes, map->strides[i] = i ? strides[i - 1] : 1;
     good = good && box[i] && box[i] <= 256 && dims[i] && (!i || strides[i - 1] % 16 == 0);
   }
-  if (!good || (swizzle == 3 && box[0] != 128) || box[0] % 16) fprintf(stderr, "simulate: bad tensor map\n"), abort();
+  good = good && (swizzle != 3 || map->box[0] == 128) && map->box[0] % 16 == 0;
+  if (!good) fprintf(stderr, "simulate: bad tensor map\n"), abort();
   return CUDA_SUCCESS;
 }
 
@@ -48,29 +53,34 @@ struct Mbarrier {
   unsigned phase = 0;
   std::vector<std::function<void()>> copies;
 };
-inline std::map<uint32_t, Mbarrier> mbarriers;
-inline std::map<int, Barrier> named;
-inline Mbarrier& mbarrier(uint32_t at) {
-  const auto found = mbarriers.find(at);
+inline std::map<uint64_t, Mbarrier> mbarriers;
+inline std::map<int, Barrier> named_barriers;
+inline Barrier& named(int id) { return named_barriers[self->rank * 10000 + id]; }
+inline uint64_t key(int rank, uint32_t at) { return uint64_t(rank) << 32 | at; }
+inline Mbarrier& mbarrier_of(int rank, uint32_t at) {
+  const auto found = mbarriers.find(key(rank, at));
   if (found == mbarriers.end()) fprintf(stderr, "simulate: no mbarrier at %u\n", at), abort();
   return found->second;
 }
+inline Mbarrier& mbarrier(uint32_t at) { return mbarrier_of(self->rank, at); }
 inline void settle(Mbarrier& b) {
   if (b.pending < 0 || (b.pending == 0 && b.bytes < 0)) fprintf(stderr, "simulate: mbarrier overrun\n"), abort();
   if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.count;
   ++progress;
 }
-inline void arrive(uint32_t at, int count) {
-  Mbarrier& b = mbarrier(at);
+inline void arrive(uint32_t at, int count, int rank) {
+  Mbarrier& b = mbarrier_of(rank, at);
   b.pending -= count;
   settle(b);
 }
+inline void arrive(uint32_t at, int count) { arrive(at, count, self->rank); }
 inline void sync(Barrier& barrier, int count) { wait(barrier, count); }
-template <int rank> void tma(uint32_t to, const void* tensor_map, const int (&at)[rank], uint32_t barrier) {
+template <int rank>
+void tma_to(int cta, uint32_t to, const void* tensor_map, const int (&at)[rank], uint32_t barrier) {
   const CUtensorMap map = *(const CUtensorMap*)tensor_map;
   if (map.rank != rank || to % (map.swizzle ? 1024 : 128)) fprintf(stderr, "simulate: bad TMA destination\n"), abort();
   int start[rank];
-  for (int i = 0; i < rank; ++i) start[i] = at[i];
+  for (int i = 0; i < rank; ++i) start[i] = i ? at[i] : at[i] * map.element;
   std::vector<int> place(start, start + rank);
   auto copy = [=] {
     uint32_t rows = 1;
@@ -89,15 +99,18 @@ template <int rank> void tma(uint32_t to, const void* tensor_map, const int (&at
         const int64_t index = place[0] + int64_t(x);
         uint32_t offset = to + row * map.box[0] + x;
         if (map.swizzle == 3) offset ^= (offset >> 7 & 7) << 4;
-        shared()[offset] = inside && index >= 0 && index < int64_t(map.dims[0]) ? from[index] : 0;
+        shared_of(cta)[offset] = inside && index >= 0 && index < int64_t(map.dims[0]) ? from[index] : 0;
       }
     }
-    Mbarrier& b = mbarrier(barrier);
+    Mbarrier& b = mbarrier_of(cta, barrier);
     uint32_t bytes = map.box[0] * rows;
     b.bytes -= bytes;
     settle(b);
   };
-  if (SIM_EARLY) copy(); else mbarrier(barrier).copies.push_back(copy);
+  if (SIM_EARLY) copy(); else mbarrier_of(cta, barrier).copies.push_back(copy);
+}
+template <int rank> void tma(uint32_t to, const void* tensor_map, const int (&at)[rank], uint32_t barrier) {
+  tma_to<rank>(self->rank, to, tensor_map, at, barrier);
 }
 inline void wait_for(uint32_t at, unsigned parity) {
   for (;;) {
@@ -149,7 +162,7 @@ inline float cut(double sum) {  // to 13 fractional bits
   const int exponent = ilogb(sum);
   return float(ldexp(trunc(ldexp(sum, 13 - exponent)), exponent - 13));
 }
-inline float dot(const float* a, const float* b, float c) {
+inline float dot(const float (&a)[32], const float (&b)[32], float c) {
   int top = c == 0 ? -10000 : ilogb(c);
   double products[32], sum = 0;
   for (int k = 0; k < 32; ++k) {
@@ -162,25 +175,46 @@ inline float dot(const float* a, const float* b, float c) {
   for (double product : products) sum += trunc(product / unit);
   return cut((sum + trunc(c / unit)) * unit);
 }
-template <int n> void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint32_t accumulate) {
-  const unsigned thread = self->thread.x, group = thread / 128, lane = thread % 32;
+inline float bf16_value(uint32_t half) {
+  const uint32_t bits = half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline float dot(const float (&a)[16], const float (&b)[16], float c) {
+  double sum = c;
+  for (int k = 0; k < 16; ++k) sum += double(a[k]) * b[k];
+  return float(sum);
+}
+// Element ``k`` of a fragment row or of a token: ``bits`` of 8 or 16 each.
+template <int bits> float element(uint32_t word, int place) {
+  const uint32_t code = word >> place * bits & ((1u << bits) - 1);
+  return bits == 8 ? e4m3(code) : bf16_value(code);
+}
+template <int n, int bits>
+void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint32_t accumulate) {
+  constexpr int depth = 256 / bits, per_word = 32 / bits;
+  const unsigned id = self->thread.x % 32;
   memcpy(self->words, a, sizeof(a));
-  Barrier& barrier = named[1000 + group];
+  Barrier& barrier = named(1000 + self->thread.x / 128);
   sync(barrier, 128);
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fprintf(stderr, "simulate: wgmma swizzle\n"), abort();
-  float rows[2][32];
+  float rows[2][depth];
   for (int r = 0; r < 2; ++r)
-    for (int k = 0; k < 32; ++k)
-      rows[r][k] = e4m3(fibers[thread / 32 * 32 + lane / 4 * 4 + k % 16 / 4].words[k / 16 * 2 + r] >> k % 4 * 8 & 255);
+    for (int k = 0; k < depth; ++k) {
+      const int half = k / (depth / 2), word = k % (depth / 2) / per_word;
+      rows[r][k] = element<bits>(lane(id / 4 * 4 + word).words[half * 2 + r], k % per_word);
+    }
   for (int i = 0; i < n / 8; ++i)
     for (int t = 0; t < 2; ++t) {
-      float column[32];
-      const int token = lane % 4 * 2 + t;
-      for (int k = 0; k < 32; ++k) {
-        uint32_t offset = start + i * stride + token * 128 + k;
+      float column[depth];
+      const int token = id % 4 * 2 + t;
+      for (int word = 0; word < 8; ++word) {
+        uint32_t offset = start + i * stride + token * 128 + 4 * word, value;
         offset ^= (offset >> 7 & 7) << 4;
-        column[k] = e4m3(uint8_t(shared()[offset]));
+        memcpy(&value, shared() + offset, 4);
+        for (int k = 0; k < per_word; ++k) column[word * per_word + k] = element<bits>(value, k);
       }
       for (int r = 0; r < 2; ++r) {
         float& sum = *d[4 * i + 2 * r + t];
@@ -193,6 +227,8 @@ template <int n> void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t
 """
 
 _INSTRUCTIONS = r"""
+struct half { uint16_t bits; };
+using __half = half;
 namespace ptx {
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
@@ -202,8 +238,19 @@ inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() {}
 inline void wgmma_wait_group_sync_aligned(int) {}
 inline void prefetch_tensormap(const void*) {}
-inline void bar_sync(int id, int count) { sim::sync(sim::named[id], count); }
-inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) { sim::mbarriers[at] = {int(count), int(count)}; }
+inline void bar_sync(int id, int count) { sim::sync(sim::named(id), count); }
+inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::sync(sim::named(id), count); }
+inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
+  sim::mbarriers[sim::key(sim::self->rank, at)] = {int(count), int(count)};
+}
+// An address in another CTA of the cluster has that CTA's rank, plus one, in its upper byte.
+inline void mapa_shared_cluster_u32(uint32_t& d, uint32_t at, uint32_t rank) { d = at | (rank + 1) << 24; }
+inline void mbarrier_arrive_shared_cluster_b64(uint32_t at) { sim::arrive(at & 0xffffff, 1, int(at >> 24) - 1); }
+inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
+    uint32_t to, const void* map, int x, int y, uint32_t barrier, uint32_t ctas) {
+  for (int rank = 0; rank < sim::num_ctas; ++rank)
+    if (ctas >> rank & 1) sim::tma_to<2>(rank, to, map, {x, y}, barrier);
+}
 inline void mbarrier_arrive_shared_b64(uint32_t at, uint32_t count) { sim::arrive(at, count); }
 inline void mbarrier_arrive_expect_tx_shared_b64(uint32_t at, uint32_t bytes) {
   sim::mbarrier(at).bytes += bytes;
@@ -225,30 +272,50 @@ void cp_async_bulk_tensor_3d_shared_cta_global_mbarrier_complete_tx_bytes(
   sim::tma<3>(to, map, {x, y, z}, barrier);
 }
 template <class... Rest>
+void cp_async_bulk_tensor_3d_shared_cta_global_mbarrier_complete_tx_bytes_L2_cache_hint(
+    uint32_t to, const void* map, int x, int y, int z, uint32_t barrier, Rest...) {
+  sim::tma<3>(to, map, {x, y, z}, barrier);
+}
+template <class... Rest>
 void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes(
+    uint32_t to, const void* map, int x, int y, int z, int u, int v, uint32_t barrier, Rest...) {
+  sim::tma<5>(to, map, {x, y, z, u, v}, barrier);
+}
+template <class... Rest>
+void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes_L2_cache_hint(
     uint32_t to, const void* map, int x, int y, int z, int u, int v, uint32_t barrier, Rest...) {
   sim::tma<5>(to, map, {x, y, z, u, v}, barrier);
 }
 template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); }
 template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
 template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
+inline void st_shared_b32(uint32_t p, uint32_t a) { at<uint32_t>(p) = a; }
 inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b; }
-inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+template <size_t n> void stmatrix_transposed(uint32_t p, const uint32_t (&words)[n]) {
   if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();
-  const uint32_t words[5] = {a, b, c, d, p};
-  memcpy(sim::self->words, words, sizeof(words));
+  sim::self->words[0] = p;
   sim::warp_sync();
   const int lane = sim::self->thread.x % 32;
-  for (int m = 0; m < 4; ++m)
+  for (int m = 0; m < int(n); ++m)
     for (int h = 0; h < 2; ++h)  // element (row lane / 4, column 2 (lane % 4) + h) goes to row and column exchanged
-      at<uint16_t>(sim::lane(8 * m + 2 * (lane % 4) + h).words[4] + 2 * (lane / 4)) = words[m] >> 16 * h;
+      at<uint16_t>(sim::lane(8 * m + 2 * (lane % 4) + h).words[0] + 2 * (lane / 4)) = words[m] >> 16 * h;
   sim::warp_sync();
+}
+inline void stmatrix_sync_aligned_m8n8_x1_trans_shared_b16(uint32_t p, uint32_t a) { stmatrix_transposed(p, {a}); }
+inline void stmatrix_sync_aligned_m8n8_x2_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b) {
+  stmatrix_transposed(p, {a, b});
+}
+inline void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  stmatrix_transposed(p, {a, b, c, d});
 }
 template <class F> uint32_t halves(uint32_t a, uint32_t b, F f) {
   return uint32_t(f(a & 0xffff, b & 0xffff)) | uint32_t(f(a >> 16, b >> 16)) << 16;
 }
 inline void max_u16x2(uint32_t& d, uint32_t a, uint32_t b) { d = halves(a, b, [](auto x, auto y) { return max(x, y); }); }
 inline void min_u16x2(uint32_t& d, uint32_t a, uint32_t b) { d = halves(a, b, [](auto x, auto y) { return min(x, y); }); }
+inline void mul_rn_bf16x2(uint32_t& d, uint32_t a, uint32_t b) {
+  d = halves(a, b, [](auto x, auto y) { return sim::bf16(sim::bf16_value(x) * sim::bf16_value(y)); });
+}
 inline void mul_rn_f16x2(uint32_t& d, uint32_t a, uint32_t b) {
   d = halves(a, b, [](auto x, auto y) { return sim::to_f16(sim::f16(x) * sim::f16(y)); });
 }
@@ -271,26 +338,35 @@ def _body(name: str) -> str | None:
         return "{ return sim::self->thread.x % 32 == 0; }"
     if name == "tvm_builtin_cuda_mbarrier_wait":
         return "{ sim::wait_for(__cvta_generic_to_shared(barrier), phase); }"
-    width = re.search(r"wgmma_fp8_rs_mma_async_sync_aligned_m64n(\d+)k32", name)
-    if width:
-        n = int(width[1])
+    if name == "tvm_builtin_cuda_cluster_sync":
+        return "{ sim::sync(sim::cluster, sim::num_threads * sim::num_ctas); }"
+    if name == "tvm_builtin_cluster_ctaid_x":
+        return "{ return sim::self->rank; }"
+    if name == "tvm_builtin_ptx_cvt_f32_f16_f32_f16":
+        return "{ __d = sim::f16(__a.bits); }"
+    shape = re.search(r"wgmma_\w+_rs_mma_async_sync_aligned_m64n(\d+)k(16|32)", name)
+    if shape:
+        n, bits = int(shape[1]), 256 // int(shape[2])
         sums = ", ".join(f"&__d{i}" for i in range(n // 2))
-        return f"{{ float* d[] = {{{sums}}}; sim::wgmma<{n}>(d, {{__a0, __a1, __a2, __a3}}, __b_desc, __scale_d); }}"
+        call = f"sim::wgmma<{n}, {bits}>(d, {{__a0, __a1, __a2, __a3}}, __b_desc, __scale_d)"
+        return f"{{ float* d[] = {{{sums}}}; {call}; }}"
     return None
 
 
 def host_source(cuda: str, early: bool = False) -> str:
     """Host C++ of what ``build.cuda_source`` returned."""
     kernels, host = cuda[cuda.index("#ifdef __CUDACC_RTC__") :].split("#include <tvm/ffi/c_api.h>", 1)
+    # With what is only for half arithmetic, which these kernels have none of.
+    kernels = re.sub(r"#if [^\n]*\n#include <cuda_fp16\.h>.*?(?=#include <math_constants\.h>)", "", kernels, flags=re.S)
     kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
 
     def replaced(match: re.Match) -> str:
         body = _body(match[2])
         return match[0] if body is None else f"inline {match[1]} {match[2]}({match[3]}) {body}\n"
 
-    helper = r"^__forceinline__ __device__ (\w+) (tvm_builtin_\w+)\(([^)]*)\) \{\{?\n.*?^\}\}?\n"
+    helper = r"^__forceinline__ __device__ ((?:unsigned )?\w+) (tvm_builtin_\w+)\(([^)]*)\) \{\{?\n.*?^\}\}?\n"
     kernels = re.sub(helper, replaced, kernels, flags=re.M | re.S)
-    asm = r'asm volatile\("([\w.:]+) ?([^";]*);?"\s*:\s*([^:]*?)\s*:\s*([^:;]*?)\s*(?::[^;]*)?\);'
+    asm = r'asm(?: volatile)?\("([\w.:]+) ?([^";]*);?"\s*:\s*([^:]*?)\s*:\s*([^:;]*?)\s*(?::[^;]*)?\);'
     kernels = re.sub(asm, base._translate, kernels)
     kernels = re.sub(
         r"extern __shared__ __align__\(64\) uchar (\w+)\[\];", r"uchar* \1 = (uchar*)sim::shared();", kernels
