@@ -466,7 +466,7 @@ class GroupedGemm:
             for half, taken in enumerate(halves):
                 for matrix in range(p.matrices):
                     values = [
-                        p.value(self, state, half, matrix, [_as_float(taken[2 * r + n]) for r in range(2)], scales[n])
+                        p.values(self, state, half, matrix, [[_as_float(taken[2 * r + n]) for r in range(2)]], [scales[n]])[0]
                         for n in range(2)
                     ]
                     pair = scalar("uint32")

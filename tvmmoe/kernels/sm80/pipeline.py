@@ -300,7 +300,7 @@ class MmaGemm:
             for i in range(c.mi):
                 for matrix in range(p.matrices):
                     values = [
-                        p.value(self, state, i, matrix, [self.acc[i][4 * j + 2 * r + n] for r in range(2)], scales[n])
+                        p.values(self, state, i, matrix, [[self.acc[i][4 * j + 2 * r + n] for r in range(2)]], [scales[n]])[0]
                         for n in range(2)
                     ]
                     packed = scalar("uint32")

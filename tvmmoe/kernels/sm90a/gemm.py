@@ -53,6 +53,7 @@ from tvmmoe.kernels.sm90a.trace import (
     while_,
 )  # fmt: skip
 
+EPILOGUE_TOKENS = 32  # evaluated together
 SCALE_LANES = 96  # three warps copy scales
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
 
@@ -483,22 +484,32 @@ class GroupedGemm:
         self.out_base = self.warpgroup * (self.chunk_m * self.pitch)
         if state is None:
             state = p.begin_tile(self, tile)
-        num_matrices = min(4, p.matrices * (self.chunk_m // 8))
-        per_store = num_matrices // p.matrices  # 8-token blocks
+        for first in range(0, c.tile_m, EPILOGUE_TOKENS):
+            with if_(tile.num_rows > first):
+                self._evaluate(tile, state, range(first, min(first + EPILOGUE_TOKENS, c.tile_m), 8))
         for first in range(0, c.tile_m, self.chunk_m):
             with if_(tile.num_rows > first):
                 self._warpgroup_sync()
-                for block in range(0, self.chunk_m // 8, per_store):
-                    scales = [self._token_scales(tile, first + (block + i) * 8) for i in range(per_store)]
-                    for mi in range(c.mi):
-                        self._store_matrices(state, mi, first, block, scales, num_matrices)
+                for mi in range(c.mi):
+                    self._store_matrices(mi, first)
                 self._warpgroup_sync()
                 self._copy_rows(tile, first)
+
+    def _evaluate(self, tile: Tile, state, blocks) -> None:
+        """The problem's values of 8-token ``blocks`` instead of their accumulators; matrix r takes the place of row r."""
+        scales = [scale for block in blocks for scale in self._token_scales(tile, block)]
+        for mi in range(self.c.mi):
+            places = [block // 2 + i for block in blocks for i in range(2)]  # of a token's row 0; row 1 is two further
+            accumulators = [[self.acc[mi][place + 2 * r] for r in range(2)] for place in places]
+            for matrix in range(self.p.matrices):
+                values = self.p.values(self, state, mi, matrix, accumulators, scales)
+                for place, value in zip(places, values, strict=True):
+                    store(self.acc[mi], value, place + 2 * matrix)
 
     def _token_scales(self, tile: Tile, token: int):
         """Factors of this thread's two tokens of an 8-token block: per-token scale and the decode's 2^NVFP4_SHIFT."""
         if self.c.weight_format == WeightFormat.mxfp4:
-            return None
+            return [None, None]
         scales = regs(2, "float32")
         for i in range(2):
             store(scales, T.float32(2.0**isa.NVFP4_SHIFT), i)
@@ -507,24 +518,23 @@ class GroupedGemm:
             for i in range(2):
                 value = load("float32", address(self.a.ws["row_scale"], (row + i) * 4))
                 store(scales, value * T.float32(2.0**isa.NVFP4_SHIFT), i)
-        return scales
+        return [scales[0], scales[1]]
 
-    def _store_matrices(self, state, mi: int, first: int, block: int, scales, num_matrices: int) -> None:
-        p, pairs = self.p, []
-        for m in range(num_matrices):
-            column = first // 8 + block + m // p.matrices
-            values = [
-                p.value(self, state, mi, m % p.matrices, [self.acc[mi][column * 4 + 2 * r + i] for r in range(2)],
-                        None if scales[m // p.matrices] is None else scales[m // p.matrices][i])
-                for i in range(2)
-            ]  # fmt: skip
-            pair = scalar("uint32")
-            ptx["cvt.rn.bf16x2.f32"](pair, values[1], values[0])
-            pairs.append(pair)
-        matrix = (self.thread.lane // 8) % num_matrices
-        token = (block + matrix // p.matrices) * 8 + self.thread.lane % 8
-        column = mi * (32 * p.matrices) + self.warp4 * (8 * p.matrices) + (matrix % p.matrices) * 8
-        isa.stmatrix_transposed(self.outs.ptr_to([self.out_base + token * self.pitch + column * 2]), pairs)
+    def _store_matrices(self, mi: int, first: int) -> None:
+        """A chunk's values into rows of tokens in shared memory, up to four 8x8 matrices at a time."""
+        p, chunk_m = self.p, self.chunk_m
+        num_matrices = min(4, p.matrices * (chunk_m // 8))
+        for block in range(0, chunk_m // 8, num_matrices // p.matrices):
+            pairs = []
+            for m in range(num_matrices):
+                place = (first // 8 + block + m // p.matrices) * 4 + 2 * (m % p.matrices)
+                pair = scalar("uint32")
+                ptx["cvt.rn.bf16x2.f32"](pair, self.acc[mi][place + 1], self.acc[mi][place])
+                pairs.append(pair)
+            matrix = (self.thread.lane // 8) % num_matrices
+            token = (block + matrix // p.matrices) * 8 + self.thread.lane % 8
+            column = mi * (32 * p.matrices) + self.warp4 * (8 * p.matrices) + (matrix % p.matrices) * 8
+            isa.stmatrix_transposed(self.outs.ptr_to([self.out_base + token * self.pitch + column * 2]), pairs)
 
     def _copy_rows(self, tile: Tile, first: int) -> None:
         chunks = self.out_columns // 8  # of 16 bytes, a row

@@ -12,6 +12,8 @@ TMA fetches exactly those rows with a 5-D view of the weights, [K/2, b + 2m, q, 
 n = 32q + 8m + c + 4b, b innermost so that the rows of a quarter warp's 16-byte loads fall on different banks.
 """
 
+import functools
+
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationType
@@ -117,28 +119,41 @@ class Gemm1:
             state["is_column"].append(inside)
         return state
 
-    def value(self, gemm: GroupedGemm, state, mi: int, matrix: int, acc, token_scale):
-        """z of one row and token from accumulators; zero in columns past I, which gemm2 multiplies by zeros."""
+    def values(self, gemm: GroupedGemm, state, mi: int, matrix: int, accumulators, token_scales) -> list:
+        """z of one row and some tokens from their accumulators; zero in columns past I, which gemm2 multiplies by zeros.
 
-        def with_bias(r: int):
-            scaled = acc[r] if token_scale is None else acc[r] * token_scale
-            return let(scaled + state["bias"][mi][r])
+        Several at once: one branch for all of them, in which their latencies overlap.
+        """
 
+        def with_bias(acc, scale, r: int):
+            return let((acc[r] if scale is None else acc[r] * scale) + state["bias"][mi][r])
+
+        tokens = list(zip(accumulators, token_scales, strict=True))
+        is_column = state["is_column"][mi][matrix]
         if not self.is_gated:
-            raw = with_bias(matrix)
-            root = isa.maximum(let(state["gate"] * raw), T.float32(0))
-            z = state["result"] * T.Select(state["is_relu2"], root * root, raw)
-            return let(T.Select(state["is_column"][mi][matrix], z, T.float32(0)))
+            results = []
+            for acc, scale in tokens:
+                raw = with_bias(acc, scale, matrix)
+                root = isa.maximum(let(state["gate"] * raw), T.float32(0))
+                z = state["result"] * T.Select(state["is_relu2"], root * root, raw)
+                results.append(let(T.Select(is_column, z, T.float32(0))))
+            return results
         limit = state["limit"]
-        up = let(isa.maximum(isa.minimum(with_bias(0), limit), let(T.float32(0) - limit)) + state["beta"])
-        gate = let(state["gate"] * isa.minimum(with_bias(1), limit))
-        activated = scalar("float32")
-        if_else(
-            state["is_geglu"],
-            lambda: assign(activated, isa.normal_cdf_times(gate, state["alpha"])),
-            lambda: assign(activated, isa.sigmoid_times(gate, state["alpha"])),
-        )
-        return let(T.Select(state["is_column"][mi][0], state["result"] * up * activated, T.float32(0)))
+        pairs = []
+        for acc, scale in tokens:
+            clamped = isa.maximum(isa.minimum(with_bias(acc, scale, 0), limit), let(T.float32(0) - limit))
+            up = let(clamped + state["beta"])
+            gate = let(state["gate"] * isa.minimum(with_bias(acc, scale, 1), limit))
+            pairs.append((up, gate, scalar("float32")))
+
+        def activate(function):
+            for _, gate, activated in pairs:
+                assign(activated, function(gate, state["alpha"]))
+
+        activations = isa.normal_cdf_times, isa.sigmoid_times
+        if_else(state["is_geglu"], *(functools.partial(activate, function) for function in activations))
+        result = state["result"]
+        return [let(T.Select(is_column, result * up * activated, T.float32(0))) for up, _, activated in pairs]
 
     def out_column(self, gemm: GroupedGemm, tile: Tile):
         """First z position of the warpgroup's part of the tile."""

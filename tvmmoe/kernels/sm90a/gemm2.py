@@ -65,11 +65,14 @@ class Gemm2:
             biases.append(bias)
         return factor, biases
 
-    def value(self, gemm: GroupedGemm, state, mi: int, matrix: int, acc, token_scale):
-        """Output of one row and token from its accumulator."""
+    def values(self, gemm: GroupedGemm, state, mi: int, matrix: int, accumulators, token_scales) -> list:
+        """Outputs of one row and some tokens from their accumulators."""
         factor, biases = state
-        scaled = acc[matrix] if token_scale is None else acc[matrix] * token_scale
-        return let(factor * (scaled + biases[2 * mi + matrix]))
+        sums = [
+            acc[matrix] if scale is None else acc[matrix] * scale
+            for acc, scale in zip(accumulators, token_scales, strict=True)
+        ]
+        return [let(factor * (total + biases[2 * mi + matrix])) for total in sums]
 
     def out_column(self, gemm: GroupedGemm, tile: Tile):
         """First output column of the warpgroup's part of the tile."""
