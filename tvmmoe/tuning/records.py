@@ -26,8 +26,8 @@ from tvmmoe.tuning.tasks import LABEL, STAGES, Task, key_of, traced_decisions
 
 FILES = ("workload", "tuning_record")
 MIN_GAIN = 0.01  # a choice replaces the hand-chosen one if it is this much faster on average
-MIN_SHARE = 2 / 3
-MAX_LOSS = 0.02  # and nowhere slower by more than noise: what is timed twice differs by up to that
+MIN_SHARE = 0.75
+MAX_LOSS = 0.01  # and nowhere slower by more than noise
 MAX_GAP = 0.1  # a tile height further behind the best one is not selected
 
 
