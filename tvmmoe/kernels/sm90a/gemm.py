@@ -498,8 +498,8 @@ class GroupedGemm:
     def _evaluate(self, tile: Tile, state, blocks) -> None:
         """The problem's values of 8-token ``blocks`` instead of their accumulators; matrix r takes the place of row r."""
         scales = [scale for block in blocks for scale in self._token_scales(tile, block)]
+        places = [block // 2 + i for block in blocks for i in range(2)]  # of a token's row 0; row 1 is two further
         for mi in range(self.c.mi):
-            places = [block // 2 + i for block in blocks for i in range(2)]  # of a token's row 0; row 1 is two further
             accumulators = [[self.acc[mi][place + 2 * r] for r in range(2)] for place in places]
             for matrix in range(self.p.matrices):
                 values = self.p.values(self, state, mi, matrix, accumulators, scales)
