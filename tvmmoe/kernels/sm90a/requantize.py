@@ -4,13 +4,17 @@
 e2m1 * e4m3 and e4m3 * 2^k are bf16 numbers, so gemm2 multiplies exactly what the format would hold and stays one
 kernel.
 
-    grid     one CTA of 128 threads a permuted row; padding rows return
-    load     a thread takes the 32 columns of one lane of a 128-block: four 16-byte chunks, quad exchange to column
-             order
-    work     amax of its blocks (32: mxfp8; 16: nvfp4), scale, round; nvfp4 with per-token scales first takes the row's
-             amax
+    grid     a quad of lanes a 128-block of a permuted row; nvfp4 with per-token scales: a warp a row, which first takes
+             the row's amax. Rows of padding return
+    load     a lane takes 32 columns, one or two scale blocks: four 16-byte chunks, quad exchange to column order
+    work     amax of its blocks (32: mxfp8; 16: nvfp4), scale, round
     store    the same chunks in K order; the row's scale for gemm2 where there is one
+
+No fp8 conversions: sm80 runs the same kernel. Memory is the limit (400 MB for 65,536 rows of 1536 columns) as long as a value
+costs less than some 30 instructions, which a division for each would not leave.
 """
+
+import functools
 
 from tvm.script import tirx as T
 
@@ -19,13 +23,10 @@ from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import (
-    I,
-    Smem,
     address,
     assign,
     bits,
     cast,
-    cuda,
     for_,
     if_,
     kernel,
@@ -43,42 +44,45 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 THREADS = 128
-COLUMNS = THREADS * 32
+WARP_COLUMNS = 1024  # of a warp at once
 
 
-def _chunk_pointer(a, row_base, segment, tid, m: int, columns: int = COLUMNS):
-    """16-byte chunk 4m + q of the thread's 128-block."""
-    block = segment * (columns // 128) + tid // 4
-    return address(a.ws["z"], (row_base + cast(block * 128 + (4 * m + tid % 4) * 8, "int64")) * 2)
+class Block:
+    """A lane's 32 columns of one 128-block of a row of z: chunks 4m + q, q being the lane in its quad."""
 
+    def __init__(self, a, row, block, lane, is_inside):
+        self.a, self.lane, self.is_inside = a, lane, is_inside
+        self._first = let(cast(row, "int64") * padded(a.intermediate_size) + cast(block * 128 + lane % 4 * 8, "int64"))
 
-def load_columns(a, thread, row_base, segment, width, columns: int = COLUMNS):
-    """The thread's 32 columns of a segment as float32, in column order; zeros past the row."""
-    values = regs(32, "float32")
-    is_inside = let(cast(segment * columns + thread.tid // 4 * 128, "int64")) < width
-    for m in range(4):
-        words = regs(4, "uint32")
-        for i in range(4):
-            store(words, u32(0), i)
-        with if_(is_inside):
-            load_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m, columns), into=words)
-        exchange_quad(words, thread.lane)
-        from_pairs(words)
-        for i in range(4):
-            store(values, bits(let(words[i] << u32(16)), "float32"), 8 * m + 2 * i)
-            store(values, bits(let(words[i] & u32(0xFFFF0000)), "float32"), 8 * m + 2 * i + 1)
-    return values, is_inside
+    def _chunk(self, m: int):
+        return address(self.a.ws["z"], (self._first + 32 * m) * 2)
 
+    def load(self):
+        """float32 in column order; zeros where the block is not inside. All lanes of the warp call it."""
+        values, chunks = regs(32, "float32"), [regs(4, "uint32") for _ in range(4)]
+        for m, words in enumerate(chunks):
+            for i in range(4):
+                store(words, u32(0), i)
+            with if_(self.is_inside):
+                load_vec4(self._chunk(m), into=words)
+        for m, words in enumerate(chunks):
+            exchange_quad(words, self.lane)
+            from_pairs(words)
+            for i in range(4):
+                store(values, bits(let(words[i] << u32(16)), "float32"), 8 * m + 2 * i)
+                store(values, bits(let(words[i] & u32(0xFFFF0000)), "float32"), 8 * m + 2 * i + 1)
+        return values
 
-def _store_columns(a, thread, row_base, segment, values, is_inside) -> None:
-    for m in range(4):
-        words = regs(4, "uint32")
-        for i in range(4):
-            store(words, pack_bf16(values[8 * m + 2 * i], values[8 * m + 2 * i + 1]), i)
-        to_pairs(words)
-        exchange_quad(words, thread.lane)
-        with if_(is_inside):
-            store_vec4(_chunk_pointer(a, row_base, segment, thread.tid, m), words)
+    def store(self, values) -> None:
+        """Write them back as bf16; all lanes of the warp call it."""
+        for m in range(4):
+            words = regs(4, "uint32")
+            for i in range(4):
+                store(words, pack_bf16(values[8 * m + 2 * i], values[8 * m + 2 * i + 1]), i)
+            to_pairs(words)
+            exchange_quad(words, self.lane)
+            with if_(self.is_inside):
+                store_vec4(self._chunk(m), words)
 
 
 def amax_bits(values, first: int, count: int):
@@ -93,11 +97,35 @@ def _amax(values, first: int, count: int):
     return let(bits(amax_bits(values, first, count), "float32"))
 
 
+def _round_magnitude(x, mantissa_bits: int, lowest: int):
+    """Non-negative ``x`` to ``mantissa_bits``, ties to even, on the grid of 2^lowest below it; inf and NaN stay."""
+    power = let(bits(let(T.max(x, T.float32(2.0**lowest))), "uint32") & u32(0x7F800000))
+    # 1.5 * 2^23 units of x's binade: adding it rounds at the unit.
+    magic = let(bits(power + u32(((23 - mantissa_bits) << 23) | 0x400000), "float32"))
+    shifted = let(x + magic)
+    return let(shifted - magic)
+
+
 def _round_mxfp8(values) -> None:
     scale = let(numerics.ue8m0_scale_ceil(let(_amax(values, 0, 32) / T.float32(448))))
-    # z / 2^b by a true division: the reciprocal of 2^-127 is no float32.
+    pattern = let(bits(scale))
+    # 1 / 2^k: exponents add up to 254; those of 2^127 and 2^-127, a subnormal, do not.
+    inverse = let(T.Select(pattern == u32(1 << 22), u32(254 << 23), u32(254 << 23) - pattern))
+    reciprocal = let(bits(T.max(inverse, u32(1 << 22)), "float32"))
     for i in range(32):
-        store(values, numerics.round_to_e4m3(let(values[i] / scale)) * scale, i)
+        magnitude = _round_magnitude(let(T.abs(values[i]) * reciprocal), 3, -6)
+        store(values, numerics.with_sign_of(let(magnitude * scale), values[i]), i)
+
+
+def _fma(a, b, c):
+    return T.call_pure_extern("float32", "fmaf", a, b, c)
+
+
+def _quotient(x, scale, reciprocal):
+    """``x / scale`` rounded once where it is a number of few bits, so also where rounding it to e2m1 ties."""
+    estimate = let(x * reciprocal)
+    rest = let(_fma(T.float32(0) - estimate, scale, x))
+    return let(_fma(rest, reciprocal, estimate))
 
 
 def _round_nvfp4(values, row_scale) -> None:
@@ -110,51 +138,74 @@ def _round_nvfp4(values, row_scale) -> None:
         is_zero = full == T.float32(0)
         if row_scale is not None:  # an all-zero row: 0 / 0 above
             is_zero = T.Or(is_zero, row_scale == T.float32(0))
+        zero_or_scale = let(T.Select(is_zero, T.float32(0), scale))
+        reciprocal = let(T.float32(1) / T.Select(is_zero, T.float32(1), full)) if row_scale is None else None
+        divisor = let(T.Select(is_zero, T.float32(1), full))
         for i in range(block, block + 16):
-            code = let(numerics.round_to_e2m1(let(values[i] / full)))
-            store(values, T.Select(is_zero, T.float32(0), code * scale), i)
+            x = let(T.abs(values[i]))
+            ratio = let(x / divisor) if row_scale is not None else _quotient(x, divisor, reciprocal)
+            code = _round_magnitude(let(T.min(ratio, T.float32(6))), 1, 0)
+            store(values, numerics.with_sign_of(let(code * zero_or_scale), values[i]), i)
 
 
-def _row_amax(a, thread, row_base, segments, width, partial):
-    """Largest magnitude of the row, known to every thread."""
-    amax = scalar("int32", T.int32(0))
-    with for_(segments) as segment:
-        values, _ = load_columns(a, thread, row_base, segment, width)
-        assign(amax, T.max(amax, amax_bits(values, 0, 32)))
-    assign(amax, warp_max_s32(amax))
-    with if_(thread.lane == 0):
-        I.buffer_store(partial, amax, [thread.warp])
-    cuda.cta_sync()
-    for warp in range(THREADS // 32):
-        assign(amax, T.max(amax, partial[warp]))
-    return let(bits(amax, "float32"))
+def live_rows(a, tile, tile_m: int):
+    """Rows of a tile (int64) that hold a pair; 0 past the last tile."""
+    rows = scalar("int32", T.int32(0))
+    with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
+        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
+    return rows
 
 
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
     """Emit the kernel for one activation format."""
-    width = padded(a.intermediate_size)
-    with kernel(f"requantize_{form.name}{'_per_token' * per_token}", cast(a.max_tiles * tile_m, "int32"), THREADS) as thread:
-        smem = Smem()
-        partial = smem.alloc(THREADS // 32, "int32")
-        smem.commit()
+    assert form == ActivationFormat.nvfp4 or not per_token
+    (_requantize_rows if per_token else functools.partial(_requantize_blocks, form=form))(a, tile_m)
+
+
+def _requantize_blocks(a, tile_m: int, form: ActivationFormat) -> None:
+    blocks = padded(a.intermediate_size) // 128
+    num_ctas = cast((a.max_tiles * tile_m * blocks + (THREADS // 4 - 1)) // (THREADS // 4), "int32")
+    with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        tile = let(cast(thread.cta // tile_m, "int64"))
-        rows = scalar("int32", T.int32(0))
-        with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
-            assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
-        with if_(thread.cta % tile_m < rows):
-            row_base = let(cast(thread.cta, "int64") * width)
-            segments = let(cast((width + COLUMNS - 1) // COLUMNS, "int32"))
-            row_scale = None
-            if per_token:
-                row_scale = let(_row_amax(a, thread, row_base, segments, width, partial) / T.float32(448 * 6))
-                with if_(thread.tid == 0):
-                    store_to("float32", address(a.ws["row_scale"], cast(thread.cta, "int64") * 4), row_scale)
-            with for_(segments) as segment:
-                values, is_inside = load_columns(a, thread, row_base, segment, width)
-                if form == ActivationFormat.mxfp8:
-                    _round_mxfp8(values)
-                else:
-                    _round_nvfp4(values, row_scale)
-                _store_columns(a, thread, row_base, segment, values, is_inside)
+        item, row_blocks = let(thread.cta * (THREADS // 4) + thread.tid // 4), let(cast(blocks, "int32"))
+        row = let(item // row_blocks)
+        is_inside = let(cast(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m), "int32")) != 0
+        with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
+            block = Block(a, row, item % row_blocks, thread.lane, is_inside)
+            values = block.load()
+            if form == ActivationFormat.mxfp8:
+                _round_mxfp8(values)
+            else:
+                _round_nvfp4(values, None)
+            block.store(values)
+
+
+def _requantize_rows(a, tile_m: int) -> None:
+    """nvfp4 with per-token scales."""
+    width, warps = padded(a.intermediate_size), THREADS // 32
+    num_ctas = cast((a.max_tiles * tile_m + (warps - 1)) // warps, "int32")
+    with kernel("requantize_nvfp4_per_token", num_ctas, THREADS) as thread:
+        ptx.griddepcontrol.wait()
+        ptx.griddepcontrol.launch_dependents()
+        row = let(thread.cta * warps + thread.warp)
+        with if_(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m)):
+            rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
+            amax = scalar("int32", T.int32(0))
+            with for_(rounds) as i:
+                assign(amax, T.max(amax, amax_bits(warp_block(a, row, i, thread.lane).load(), 0, 32)))
+            row_scale = let(bits(warp_max_s32(amax), "float32") / T.float32(448 * 6))
+            with if_(thread.lane == 0):
+                store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), row_scale)
+            with for_(rounds) as i:
+                block = warp_block(a, row, i, thread.lane)
+                values = block.load()
+                _round_nvfp4(values, row_scale)
+                block.store(values)
+
+
+def warp_block(a, row, i, lane) -> Block:
+    """A lane's block of the ``i``-th 1024 columns of a row."""
+    block = let(i * (WARP_COLUMNS // 128) + lane // 4)
+    is_inside = let(cast(cast(block * 128, "int64") < padded(a.intermediate_size), "int32")) != 0
+    return Block(a, row, block, lane, is_inside)

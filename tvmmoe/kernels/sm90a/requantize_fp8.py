@@ -18,7 +18,7 @@ from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
 from tvmmoe.kernels.sm90a.gather import exchange_quad
 from tvmmoe.kernels.sm90a.gather_fp8 import INSIDE, OUTSIDE, row_factor, write_byte, write_quarters
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.requantize import amax_bits, load_columns
+from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, live_rows, warp_block
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -28,7 +28,6 @@ from tvmmoe.kernels.sm90a.trace import (
     if_,
     kernel,
     let,
-    load,
     ptx,
     regs,
     scalar,
@@ -40,7 +39,6 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 WARPS = 4
-COLUMNS = 1024  # of a warp at once
 INFINITY_BITS = 0x7F800000
 
 
@@ -86,39 +84,36 @@ def requantize_fp8(a, tile_m: int) -> None:
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         row = let(thread.cta * WARPS + thread.warp)
-        tile, rows = let(cast(row // tile_m, "int64")), scalar("int32", T.int32(0))
-        with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
-            assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
-        with if_(row % tile_m < rows):
-            _requantize_row(a, thread._replace(tid=thread.lane), let(cast(row, "int64")), width)
+        with if_(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m)):
+            _requantize_row(a, thread.lane, let(cast(row, "int64")), width)
 
 
-def _requantize_row(a, lane_thread, row, width) -> None:
-    rounds = let(cast((width + COLUMNS - 1) // COLUMNS, "int32"))
+def _requantize_row(a, lane, row, width) -> None:
+    rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
     first = let(row * width)  # of the row in z
     largest, smallest = scalar("int32", T.int32(0)), scalar("int32", T.int32(INFINITY_BITS))
     with for_(rounds) as i:
-        values, _ = load_columns(a, lane_thread, first, i, width, COLUMNS)
-        amax = amax_bits(values, 0, 32)
+        amax = amax_bits(warp_block(a, row, i, lane).load(), 0, 32)
         assign(largest, T.max(largest, amax))
         assign(smallest, T.Select(amax > 0, T.min(smallest, amax), smallest))
     assign(largest, warp_max_s32(largest))
     assign(smallest, warp_min_s32(smallest))
     base = _byte_of(_scale_of(largest))
     state = _state(base, largest, smallest)
-    with if_(lane_thread.lane == 0):
+    with if_(lane == 0):
         store_to("float32", address(a.ws["row_scale"], row * 4), row_factor(base, state))
     with for_(rounds) as i:
-        values, is_inside = load_columns(a, lane_thread, first, i, width, COLUMNS)
+        columns = warp_block(a, row, i, lane)
+        values = columns.load()
         byte = _byte_of(_scale_of(amax_bits(values, 0, 32)))
         quarters = _quantized(values, byte)
         is_outside = state == OUTSIDE
         shift = let(T.Select(is_outside, T.int32(0), T.max(T.min(base - byte, T.int32(15)), T.int32(0))))
         for words in quarters:
             fp8.fold(words, shift)
-            exchange_quad(words, lane_thread.lane)
-        block = let(i * (COLUMNS // 32) + lane_thread.lane)
-        with if_(is_inside):
+            exchange_quad(words, lane)
+        block = let(i * (WARP_COLUMNS // 32) + lane)
+        with if_(columns.is_inside):
             write_quarters(let(a.ws["z"] + first * 2), block, quarters)
             offset = row * (width // 32) + cast(block, "int64")
             write_byte(address(a.ws["z_scale"], offset), let(T.Select(is_outside, byte, base)))
