@@ -25,7 +25,7 @@ HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
     import tvm_ffi
 
-    from tvmmoe.kernels.sm90a import build, gemm, operator, operator_fp8, simulate
+    from tvmmoe.kernels.sm90a import build, operator, operator_fp8, simulate, tile_scheduler
     from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
     from tvmmoe.kernels.sm90a.trace import (
         Smem,
@@ -298,7 +298,7 @@ def simulated(early: bool, folder):
     """The packed function on three CTAs, compiled for this CPU."""
     path = folder / f"fp8_{early}.so"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "NUM_CTAS", 3)
+        patch.setattr(tile_scheduler, "NUM_CTAS", 3)
         source = build.fp8_source.__wrapped__()
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[operator_fp8.SYMBOL]

@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import pack_bf16
+from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -38,19 +39,25 @@ COLUMNS = THREADS * 8
 SLOTS_AT_ONCE = 8
 
 
-def _add_slots(a, token, column, group, sums) -> None:
-    """Add up to SLOTS_AT_ONCE rows, in slot order."""
-    rows, weights, data = [], [], []
+def _slots(a, token, group, space: str = "global"):
+    """Rows, -1 where there is none, and weights of up to SLOTS_AT_ONCE slots."""
+    rows, weights = [], []
     for i in range(SLOTS_AT_ONCE):
         k = let(cast(group * SLOTS_AT_ONCE + i, "int64"))
         slot = let(cast(token, "int64") * a.top_k + k)
         row, weight = scalar("int32", T.int32(-1)), scalar("float32", T.float32(0))
         with if_(k < a.top_k):
-            assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4)))
-            weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2))
+            assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4), space))
+            weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2), space)
             assign(weight, numerics.bf16_to_float32(weight_bits))
         rows.append(row)
         weights.append(weight)
+    return rows, weights
+
+
+def _add_slots(a, rows, weights, column, sums) -> None:
+    """Add their rows of gemm2_output, in slot order."""
+    data = []
     for row in rows:
         words = regs(4, "uint32")
         with if_(row >= 0):
@@ -66,8 +73,8 @@ def _add_slots(a, token, column, group, sums) -> None:
                 store(sums, sums[2 * i + 1] + weight * high, 2 * i + 1)
 
 
-def finalize(a) -> None:
-    """Emit the kernel."""
+def finalize(a, knows_rows: bool = False) -> None:
+    """Emit the kernel; ``knows_rows``: all kernels but the last before it have ended when it starts."""
     width = a.output_hidden_size
     segments = (width + COLUMNS - 1) // COLUMNS
     with kernel("finalize", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
@@ -76,11 +83,16 @@ def finalize(a) -> None:
         sums = regs(8, "float32")
         for i in range(8):
             store(sums, T.float32(0), i)
+        early = [_slots(a, token, T.int32(0), PAST_L1)] if knows_rows else []
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         with if_(column < width):
-            with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
-                _add_slots(a, token, column, group, sums)
+            for rows, weights in early:
+                _add_slots(a, rows, weights, column, sums)
+            groups = (cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE
+            with for_(groups - len(early) if early else groups) as i:
+                rows, weights = _slots(a, token, i + len(early) if early else i)
+                _add_slots(a, rows, weights, column, sums)
             words = regs(4, "uint32")
             for i in range(4):
                 store(words, pack_bf16(sums[2 * i], sums[2 * i + 1]), i)

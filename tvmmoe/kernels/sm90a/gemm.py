@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Main loop of both grouped GEMMs: FP4 weights times bf16 tokens, operands swapped.
 
-    grid         one persistent CTA an SM; tile = (row block of weights, tile of tile_m tokens of one expert)
+    grid         one persistent CTA an SM; tile = (row block of weights, tile of tile_m tokens of one expert), as
+                 tile_scheduler.py hands them out
     consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (wgmma's A, 64 rows), tokens are B, fp32 accumulators;
                  4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128] with 128-byte swizzle
@@ -20,14 +21,13 @@ A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it 
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
-from typing import NamedTuple
-
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
-from tvmmoe.kernels.sm90a.gemm_config import NUM_CTAS, GemmConfig, shared_memory
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
+from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1, Tile, TileScheduler
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
     address,
@@ -55,16 +55,6 @@ from tvmmoe.kernels.sm90a.trace import (
 
 EPILOGUE_TOKENS = 32  # evaluated together
 SCALE_LANES = 96  # three warps copy scales
-PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
-
-
-class Tile(NamedTuple):
-    """Where a CTA works."""
-
-    token_tile: object
-    row_block: object
-    expert: object
-    num_rows: object  # live tokens
 
 
 class GroupedGemm:
@@ -87,6 +77,7 @@ class GroupedGemm:
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
         self.is_state_early = c.mi * self.acc_count <= 32
         self.registers = c.registers
+        self.scheduler = TileScheduler(a, c, problem.number)
 
     def reserved_bytes(self) -> int:
         """Shared memory that a subclass allocates in :meth:`_allocate_more`."""
@@ -98,14 +89,14 @@ class GroupedGemm:
         dims, box = [p.padded_k, a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
         token_map = tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
         row_blocks = cast((p.num_row_blocks(c) + (c.cluster - 1)) // c.cluster, "int32")  # of a cluster
-        with kernel(p.name, T.int32(NUM_CTAS), (c.warpgroups + 1) * 128, cluster=c.cluster) as thread:
+        with kernel(p.name, T.int32(self.scheduler.num_ctas), (c.warpgroups + 1) * 128, cluster=c.cluster) as thread:
             self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
             self._allocate()
             if not p.knows_tiles:
                 ptx.griddepcontrol.wait()
-            self.row_blocks = let(row_blocks)
             k_stage = K_BLOCK * c.k_blocks
             self.k_steps = let(cast((p.k + k_stage - 1) // k_stage, "int32"))
+            self.scheduler.begin(row_blocks, not p.knows_tiles)
             self.scale_row_bytes = let(cast(p.k // c.weight_format.block_size, "int32"))
             # Scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words.
             self.piece = min(16, c.stage_scale_bytes)
@@ -113,8 +104,6 @@ class GroupedGemm:
             self.is_aligned = let(cast(misaligned == 0, "int32")) != 0
             pitches = T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)
             self.pitch_of_scales = let(T.Select(self.is_aligned, *pitches))
-            self.num_items = let(load("int32", address(a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
-            self.rank = let(thread.cta % c.cluster)  # in the cluster
             producer = 4 * c.warpgroups  # first warp of the producers' warpgroup
             with if_(thread.warp >= producer):
                 ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
@@ -139,9 +128,11 @@ class GroupedGemm:
         self.partial = smem.alloc(max(self.partial_total, 1), "float32", 128)
         self.ss = smem.alloc(s * self.s_stage, "uint8", 128)
         self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s + 1, "uint64", 8)
+        self.scheduler.allocate(smem, self.thread)
         self._allocate_more(smem)
         smem.commit()
         self._initialize()
+        self.scheduler.initialize()
         with if_(self.thread.tid == 0):
             releases = u32(4 * self.c.warpgroups * self.c.cluster)
             for i in range(s):
@@ -172,23 +163,12 @@ class GroupedGemm:
             assign(self.stage, T.int32(0))
             assign(self.phase, self.phase ^ u32(1))
 
-    def _tile(self, space: str = "global") -> Tile:
-        token_tile = let(self.item // self.row_blocks)
-        row_block = let(self.item % self.row_blocks * self.c.cluster + self.rank)
-        offset = let(cast(token_tile, "int64") * 4)
-        names = ("tile_expert", "tile_rows")
-        expert, num_rows = (load("int32", address(self.a.ws[name], offset), space) for name in names)
-        return Tile(token_tile, row_block, expert, num_rows)
-
     # ---------------------------------------------------------------------------------------------------- producers
 
     def _begin_role(self) -> None:
         """Pipeline state of one role: what all of them shared would not stay in uniform registers."""
-        self.item = scalar("int32", self.thread.cta // self.c.cluster)
+        self.scheduler.begin_role(PAST_L1 if self.p.knows_tiles else "global")
         self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
-
-    def _next_item(self) -> None:
-        assign(self.item, self.item + NUM_CTAS // self.c.cluster)
 
     def _produce_operands(self) -> None:
         c = self.c
@@ -211,19 +191,21 @@ class GroupedGemm:
         with if_(is_issuer):
             ptx.prefetch.tensormap(T.address_of(self.weight_map))
             ptx.prefetch.tensormap(T.address_of(self.token_map))
-        early = scalar("int32", T.int32(0))  # stages whose weights are on their way
+        tiles, early = self.scheduler, scalar("int32", T.int32(0))  # stages whose weights are on their way
         if self.p.knows_tiles:
-            with if_(self.item < self.num_items):
-                tile = self._tile(PAST_L1)
+            with if_(tiles.is_left):
+                tile = tiles.tile
                 coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
                 assign(early, T.min(self.k_steps, T.int32(self.stages)))
                 with for_(early) as step:
                     with if_(is_issuer):
                         self._load_weights(step, step, coordinates, x_bytes)
             ptx.griddepcontrol.wait()
-        with while_(self.item < self.num_items):
-            tile = self._tile()
+        with while_(tiles.is_left):
+            tile = tiles.tile
             coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
+            # The answer takes as long as loads do.
+            claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
             with for_(self.k_steps) as step:
 
                 def wait_and_load(step=step):
@@ -234,8 +216,10 @@ class GroupedGemm:
                 if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
                 with if_(is_issuer):
                     self._load_tokens(tile, step, x_bytes)
+                with if_(step == claiming):
+                    tiles.claim(is_issuer)
                 self._advance()
-            self._next_item()
+            tiles.announce(is_issuer)
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -250,8 +234,8 @@ class GroupedGemm:
         c = self.c
         halves = self.token_bytes * c.k_blocks  # of 128 bytes a token
         num_boxes = x_bytes // (halves * c.token_box * 128)
-        with for_((num_boxes + (c.cluster - 1 - self.rank)) // c.cluster) as turn:
-            box = turn * c.cluster + self.rank
+        with for_((num_boxes + (c.cluster - 1 - self.scheduler.rank)) // c.cluster) as turn:
+            box = turn * c.cluster + self.scheduler.rank
             for half in range(halves):
                 offset = self.stage * self.x_stage + half * (c.tile_m * 128) + box * (c.token_box * 128)
                 k = step * (K_BLOCK * c.k_blocks) + half * (128 // self.token_bytes)
@@ -274,8 +258,8 @@ class GroupedGemm:
         if self.p.knows_tiles:
             ptx.griddepcontrol.wait()
         rows = [let(lane + SCALE_LANES * i) for i in range(-(-c.rows // SCALE_LANES))]
-        with while_(self.item < self.num_items):
-            tile = self._tile()
+        with while_(self.scheduler.is_left):
+            tile = self.scheduler.tile
             expert = let(self.p.scales + cast(tile.expert, "int64") * (self.p.rows_per_expert * row_bytes))
             offsets = [let(self.p.row(c, tile, row) * self.scale_row_bytes) for row in rows]
             slots = [let(row * self.pitch_of_scales) for row in rows]
@@ -290,7 +274,7 @@ class GroupedGemm:
                         self._copy_scales(destination, expert + cast(offset + k_byte, "int64"), left)
                 ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
                 self._advance()
-            self._next_item()
+            self.scheduler.advance()
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
         """What a subclass lets the scale warps find out about a tile before they copy the scales of its rows.
@@ -345,14 +329,14 @@ class GroupedGemm:
         ]
         self.turn = scalar("int32", T.int32(0))
         self.previous = scalar("int32", T.int32(self.stages))
-        with while_(self.item < self.num_items):
-            tile = self._tile()
+        with while_(self.scheduler.is_left):
+            tile = self.scheduler.tile
             state = self.p.begin_tile(self, tile) if self.is_state_early else None
             self._multiply(tile, c.widths)
             self._release_previous()
             assign(self.previous, T.int32(self.stages))
             self._epilogue(tile, state)
-            self._next_item()
+            self.scheduler.advance()
 
     def _multiply(self, tile: Tile, widths) -> None:
         """Main loop at the smallest of ``widths`` that holds the tile's rows."""

@@ -28,6 +28,7 @@ class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
     operand_scales = "x_scale"  # slice of an fp8 operand's scale bytes, on Hopper
+    number = 0  # of the GEMM
     knows_tiles = False  # the kernel before this one writes the tile list
 
     def __init__(self, a, is_gated: bool):

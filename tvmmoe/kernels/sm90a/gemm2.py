@@ -17,6 +17,7 @@ class Gemm2:
 
     name = "gemm2"
     operand_scales = "z_scale"  # slice of an fp8 operand's scale bytes, on Hopper
+    number = 1  # of the GEMM
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
 

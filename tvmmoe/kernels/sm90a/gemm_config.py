@@ -10,7 +10,7 @@ from tvmmoe.kernels.sm90a.layout import K_BLOCK
 NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more than one wave
 SMEM_BYTES = 227 * 1024
 MAX_STAGES = 12
-BARRIER_BYTES = 512  # with decode_word's factors
+BARRIER_BYTES = 896  # with decode_word's factors and the ring of claimed tiles
 # wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
 # every wgmma (C7512); finer ones did not pay there anyway.
 WIDTHS = {

@@ -39,9 +39,10 @@ from tvm.script import tirx as T
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
-from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     I,
     address,
@@ -180,8 +181,8 @@ class Fp8Gemm(GroupedGemm):
         self.scale_offsets = [
             let(row * self.pitch_of_scales + skew) for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
-        with while_(self.item < self.num_items):
-            tile = self._tile()
+        with while_(self.scheduler.is_left):
+            tile = self.scheduler.tile
             self.buffer, parity = self._info()
             cuda.mbarrier_wait(self.info_full.ptr_to([self.buffer]), parity)
             flags = [let(self.outside[self.buffer * 4 + warp]) for warp in range(SCALE_LANES // 32)]
@@ -194,7 +195,7 @@ class Fp8Gemm(GroupedGemm):
             self._store_tile(tile, None)
             ptx.mbarrier.arrive.shared.b64(self.info_empty.ptr_to([self.buffer]), u32(1))
             assign(self.turn, self.turn + 1)
-            self._next_item()
+            self.scheduler.advance()
 
     def _load_words(self, block) -> None:
         base = self.stage * self.w_stage + block * self.w_block + self.quad * 16

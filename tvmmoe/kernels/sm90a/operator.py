@@ -159,4 +159,4 @@ def _launch_all(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable
             )
     gemm2(a, variant.gemm2)
     with if_(a.do_finalize != 0):
-        finalize(a)
+        finalize(a, knows_rows=True)

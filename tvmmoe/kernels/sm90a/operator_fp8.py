@@ -60,4 +60,4 @@ def _launch_all(a: Arguments) -> None:
     requantize_fp8(a, TILE_M)
     Fp8Gemm(a, GEMM2, Gemm2(a)).emit()
     with if_(a.do_finalize != 0):
-        finalize(a)
+        finalize(a, knows_rows=True)

@@ -18,6 +18,7 @@ Local experts ascend; inside an expert rows follow expanded_idx. The pair on a t
 from tvm.script import tirx as T
 
 from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
+from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -137,6 +138,8 @@ def scatter(a, tile_m: int, step: int | None = None) -> None:
         I.buffer_store(totals, total, [thread.tid])
         with if_(T.And(thread.cta == 0, thread.tid == 0)):
             store_to("int32", address(a.ws["num_tiles"]), num_tiles)
+            if "claims" in a.ws:
+                clear_claims(a)
         cuda.cta_sync()
         row = scalar("int32", T.int32(-1))
         with if_(e >= 0):

@@ -16,9 +16,9 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
-from tvmmoe.kernels.sm90a.gemm import PAST_L1
 from tvmmoe.kernels.sm90a.permute import rows_per_tile
 from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
+from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1, clear_claims
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -164,6 +164,7 @@ class Placement:
             num_tiles = self._tiles_below(self.num_local)
             with if_(self.thread.lane == 0):
                 store_to("int32", address(self.a.ws["num_tiles"]), num_tiles)
+                clear_claims(self.a)
 
     def _rank(self, pair, mine):
         """Pairs before ``pair`` with the same expert; every lane gets the sum."""

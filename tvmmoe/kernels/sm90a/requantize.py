@@ -22,6 +22,7 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
 from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -148,12 +149,12 @@ def _round_nvfp4(values, row_scale) -> None:
             store(values, numerics.with_sign_of(let(code * zero_or_scale), values[i]), i)
 
 
-def live_rows(a, tile, tile_m: int):
-    """Rows of a tile (int64) that hold a pair; 0 past the last tile."""
-    rows = scalar("int32", T.int32(0))
-    with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
-        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
-    return rows
+def is_live(a, row, tile_m: int):
+    """Whether a row holds a pair. Before griddepcontrol.wait: the kernel that wrote the tile list was not the last one."""
+    tile, rows = let(cast(row // tile_m, "int64")), scalar("int32", T.int32(0))
+    with if_(tile < cast(load("int32", address(a.ws["num_tiles"]), PAST_L1), "int64")):
+        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4), PAST_L1))
+    return let(cast(row % tile_m < rows, "int32")) != 0
 
 
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
@@ -166,11 +167,11 @@ def _requantize_blocks(a, tile_m: int, form: ActivationFormat) -> None:
     blocks = padded(a.intermediate_size) // 128
     num_ctas = cast((a.max_tiles * tile_m * blocks + (THREADS // 4 - 1)) // (THREADS // 4), "int32")
     with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:
-        ptx.griddepcontrol.wait()
-        ptx.griddepcontrol.launch_dependents()
         item, row_blocks = let(thread.cta * (THREADS // 4) + thread.tid // 4), let(cast(blocks, "int32"))
         row = let(item // row_blocks)
-        is_inside = let(cast(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m), "int32")) != 0
+        is_inside = is_live(a, row, tile_m)
+        ptx.griddepcontrol.wait()
+        ptx.griddepcontrol.launch_dependents()
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
@@ -186,10 +187,11 @@ def _requantize_rows(a, tile_m: int) -> None:
     width, warps = padded(a.intermediate_size), THREADS // 32
     num_ctas = cast((a.max_tiles * tile_m + (warps - 1)) // warps, "int32")
     with kernel("requantize_nvfp4_per_token", num_ctas, THREADS) as thread:
+        row = let(thread.cta * warps + thread.warp)
+        is_inside = is_live(a, row, tile_m)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        row = let(thread.cta * warps + thread.warp)
-        with if_(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m)):
+        with if_(is_inside):
             rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
             amax = scalar("int32", T.int32(0))
             with for_(rounds) as i:

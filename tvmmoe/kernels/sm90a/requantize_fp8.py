@@ -18,7 +18,7 @@ from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
 from tvmmoe.kernels.sm90a.gather import exchange_quad
 from tvmmoe.kernels.sm90a.gather_fp8 import INSIDE, OUTSIDE, row_factor, write_byte, write_quarters
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, live_rows, warp_block
+from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, is_live, warp_block
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -81,10 +81,11 @@ def requantize_fp8(a, tile_m: int) -> None:
     width = padded(a.intermediate_size)
     num_ctas = cast((a.max_tiles * tile_m + WARPS - 1) // WARPS, "int32")
     with kernel("requantize_fp8", num_ctas, 32 * WARPS) as thread:
+        row = let(thread.cta * WARPS + thread.warp)
+        is_inside = is_live(a, row, tile_m)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        row = let(thread.cta * WARPS + thread.warp)
-        with if_(row % tile_m < live_rows(a, let(cast(row // tile_m, "int64")), tile_m)):
+        with if_(is_inside):
             _requantize_row(a, thread.lane, let(cast(row, "int64")), width)
 
 

@@ -238,6 +238,9 @@ inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() {}
 inline void wgmma_wait_group_sync_aligned(int) {}
 inline void prefetch_tensormap(const void*) {}
+inline void atom_relaxed_gpu_global_add_u32(uint32_t& d, const void* p, uint32_t value) {
+  d = __atomic_fetch_add(static_cast<uint32_t*>(const_cast<void*>(p)), value, __ATOMIC_RELAXED);
+}
 inline void bar_sync(int id, int count) { sim::sync(sim::named(id), count); }
 inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::sync(sim::named(id), count); }
 inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
