@@ -209,6 +209,7 @@ inline void ld_relaxed_gpu_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, 
   ld_global_v4_b32(a, b, c, d, p);
 }
 template <class T> void ld_global_b16(T& d, const void* p) { memcpy(&d, p, 2); }
+template <class T> void ld_relaxed_gpu_global_b16(T& d, const void* p) { ld_global_b16(d, p); }
 template <class T> void ld_shared_b16(T& d, uint32_t p) { memcpy(&d, sim::shared() + p, 2); }
 inline void ld_global_u8(uint32_t& d, const void* p) { d = at<uint8_t>(p); }
 inline void ld_relaxed_gpu_global_u8(uint32_t& d, const void* p) { ld_global_u8(d, p); }

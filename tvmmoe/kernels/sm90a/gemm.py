@@ -167,7 +167,6 @@ class GroupedGemm:
 
     def _begin_role(self) -> None:
         """Pipeline state of one role: what all of them shared would not stay in uniform registers."""
-        self.scheduler.begin_role(PAST_L1 if self.p.knows_tiles else "global")
         self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
 
     def _produce_operands(self) -> None:
@@ -191,6 +190,7 @@ class GroupedGemm:
         with if_(is_issuer):
             ptx.prefetch.tensormap(T.address_of(self.weight_map))
             ptx.prefetch.tensormap(T.address_of(self.token_map))
+        self.scheduler.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
         tiles, early = self.scheduler, scalar("int32", T.int32(0))  # stages whose weights are on their way
         if self.p.knows_tiles:
             with if_(tiles.is_left):
@@ -257,6 +257,7 @@ class GroupedGemm:
         c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
         if self.p.knows_tiles:
             ptx.griddepcontrol.wait()
+        self.scheduler.follow()
         rows = [let(lane + SCALE_LANES * i) for i in range(-(-c.rows // SCALE_LANES))]
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
@@ -329,12 +330,15 @@ class GroupedGemm:
         ]
         self.turn = scalar("int32", T.int32(0))
         self.previous = scalar("int32", T.int32(self.stages))
+        self.scheduler.follow()
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
             state = self.p.begin_tile(self, tile) if self.is_state_early else None
             self._multiply(tile, c.widths)
             self._release_previous()
             assign(self.previous, T.int32(self.stages))
+            if c.reads_tile_again:
+                self.scheduler.read_again()
             self._epilogue(tile, state)
             self.scheduler.advance()
 

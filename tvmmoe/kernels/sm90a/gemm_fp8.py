@@ -181,6 +181,7 @@ class Fp8Gemm(GroupedGemm):
         self.scale_offsets = [
             let(row * self.pitch_of_scales + skew) for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
+        self.scheduler.follow()
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
             self.buffer, parity = self._info()

@@ -37,11 +37,16 @@ def tma_load_to_cluster(rank: int, destination, descriptor, coordinates, barrier
     ptx[TMA_TO_CLUSTER.format(rank)](destination, descriptor, *coordinates, barrier, T.uint16((1 << cluster) - 1))
 
 
+def in_cluster(pointer, cta):
+    """Address of the same shared memory in CTA ``cta`` of the cluster."""
+    remote = scalar("uint32")
+    ptx.mapa.shared__cluster.u32(remote, cuda.cvta_generic_to_shared(pointer), cast(cta, "uint32"))
+    return remote
+
+
 def arrive_in_cluster(barrier, cta) -> None:
     """Arrive at the same barrier of CTA ``cta`` of the cluster."""
-    remote = scalar("uint32")
-    ptx.mapa.shared__cluster.u32(remote, cuda.cvta_generic_to_shared(barrier), cast(cta, "uint32"))
-    ptx.mbarrier.arrive.shared__cluster.b64(remote)
+    ptx.mbarrier.arrive.shared__cluster.b64(in_cluster(barrier, cta))
 
 
 def copy_async(destination, source, size: int, num_bytes) -> None:

@@ -293,6 +293,9 @@ template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); 
 template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
 template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
 inline void st_shared_b32(uint32_t p, uint32_t a) { at<uint32_t>(p) = a; }
+inline void st_shared_v4_b32(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b, at<uint32_t>(p + 8) = c, at<uint32_t>(p + 12) = d;
+}
 inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(p) = a, at<uint32_t>(p + 4) = b; }
 template <size_t n> void stmatrix_transposed(uint32_t p, const uint32_t (&words)[n]) {
   if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();

@@ -3,8 +3,8 @@
 
 The first one has the CTA's number. Each next one the TMA warp claims from a counter in the workspace while the last stages of
 one are loaded, looks it up and announces it to the other roles by a ring in shared memory. SMs differ in speed by several
-percent, so tiles that were dealt out beforehand end that far apart; and what the consumers would look up themselves they would
-wait for (5 % where tiles are short). Clusters still take every 66th.
+percent, so tiles that were dealt out beforehand end that far apart; and what consumers look up themselves, they wait for (5 %
+where tiles are short). In a cluster the first CTA's TMA warp does so for all of them.
 
 The kernel that writes the tile list clears the counters. Which CTA computes a tile changes nothing about its result.
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tvm.script import tirx as T
 
+from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm_config import MAX_STAGES, NUM_CTAS, GemmConfig
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
@@ -48,96 +49,125 @@ class Tile(NamedTuple):
 
 
 class TileScheduler:
-    """Tiles of one GEMM; every role has its own place in them after :meth:`begin_role`."""
+    """Tiles of one GEMM. The TMA warp's role finds and announces them, the others follow; each has its own ``tile``."""
 
     def __init__(self, a, config: GemmConfig, number: int):
-        self.a, self.c, self.number = a, config, number
-        self.is_dynamic, self.num_ctas = config.cluster == 1, NUM_CTAS
+        self.a, self.c, self.number, self.num_ctas = a, config, number, NUM_CTAS
 
     def allocate(self, smem: Smem, thread) -> None:
         """Shared memory; the CTA synchronises after :meth:`initialize`."""
         self.thread = thread
-        if self.is_dynamic:
-            fields = RING * len(Tile._fields)
-            self.ring, self.is_announced = smem.alloc(fields, "uint32", 16), smem.alloc(RING, "uint64", 8)
+        fields = RING * len(Tile._fields)
+        self.ring, self.is_announced = smem.alloc(fields, "uint32", 16), smem.alloc(RING, "uint64", 8)
 
     def initialize(self) -> None:
-        if self.is_dynamic:
-            with if_(self.thread.tid < RING):
-                ptx.mbarrier.init.shared.b64(self.is_announced.ptr_to([self.thread.tid]), u32(1))
+        with if_(self.thread.tid < RING):
+            ptx.mbarrier.init.shared.b64(self.is_announced.ptr_to([self.thread.tid]), u32(1))
 
     def begin(self, row_blocks, is_list_fresh: bool) -> None:
         """Count tiles, of which each tile of tokens has ``row_blocks`` (host expression) for a cluster."""
         self.row_blocks = let(row_blocks)
-        if is_list_fresh:  # into L1, while the count is on its way: every role asks for the first tile at once
+        if is_list_fresh:  # into L1, while the count is on its way
             offset = let(cast(self.thread.cta // self.c.cluster // self.row_blocks, "int64") * 4)
             for name in ("tile_expert", "tile_rows"):
                 load("int32", address(self.a.ws[name], offset))
         self.num_tiles = let(load("int32", address(self.a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
         self.rank = let(self.thread.cta % self.c.cluster)  # in the cluster
 
-    def begin_role(self, space: str = "global") -> None:
-        """State of one role, at the CTA's first tile: what all of them shared would not stay in uniform registers."""
-        self.index = scalar("int32", self.thread.cta // self.c.cluster)
-        self.num_done, self.claimed = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
-        self.tile = Tile(*(scalar("int32", T.int32(-1)) for _ in Tile._fields))
-        self._look_up(space)
-
-    def _look_up(self, space: str = "global") -> None:
-        """``tile`` of ``index``."""
-
-        def find() -> None:
-            assign(self.tile.token_tile, self.index // self.row_blocks)
-            assign(self.tile.row_block, self.index % self.row_blocks * self.c.cluster + self.rank)
-            offset = let(cast(self.tile.token_tile, "int64") * 4)
-            assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
-            assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
-
-        if_else(self.index < self.num_tiles, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+    def _begin_role(self) -> None:
+        """Registers of one role: what all of them shared would not stay in uniform ones."""
+        self.num_seen = scalar("int32", T.int32(0))
+        self.tile = Tile(*(scalar("int32", T.int32(0)) for _ in Tile._fields))
 
     @property
     def is_left(self):
         """Whether there is a tile."""
         return self.tile.token_tile >= 0
 
+    # ------------------------------------------------------------------------------------------- all roles but one
+
+    def follow(self) -> None:
+        """Begin a role that takes the tiles as they are announced."""
+        self._begin_role()
+        self.advance()
+
     def advance(self) -> None:
-        """To the tile that the TMA warp has announced, or past the end."""
-        if not self.is_dynamic:
-            assign(self.index, self.index + self.num_ctas // self.c.cluster)
-            self._look_up()
-            return
-        slot = let(self.num_done % RING)
-        cuda.mbarrier_wait(self.is_announced.ptr_to([slot]), cast(self.num_done // RING, "uint32") & u32(1))
-        words = load_vec4(self.ring.ptr_to([slot * 4]), "shared")
-        for i, register in enumerate(self.tile):
-            assign(register, cast(words[i], "int32"))
-        assign(self.num_done, self.num_done + 1)
+        """To the next tile, or past the end."""
+        slot = let(self.num_seen % RING)
+        cuda.mbarrier_wait(self.is_announced.ptr_to([slot]), cast(self.num_seen // RING, "uint32") & u32(1))
+        if self.c.cluster > 1:
+            ptx["fence.acq_rel.cluster"]()  # another CTA wrote it
+        assign(self.num_seen, self.num_seen + 1)
+        self.read_again()
+
+    def read_again(self) -> None:
+        """The tile, into registers that need not hold it in between."""
+        words = load_vec4(self.ring.ptr_to([(self.num_seen - 1) % RING * 4]), "shared")
+        for register, word in zip(self.tile, (words[i] for i in range(4)), strict=True):
+            assign(register, cast(word, "int32"))
+        if self.c.cluster > 1:
+            assign(self.tile.row_block, self.tile.row_block + self.rank)
+
+    # ------------------------------------------------------------------------------------------------ the TMA warp
+
+    def lead(self, is_issuer, space: str) -> None:
+        """Begin the role that finds the tiles; the list of tiles is read from ``space`` at first."""
+        self._begin_role()
+        self.claimed = scalar("int32", self.thread.cta // self.c.cluster)
+        self.announce(is_issuer, space)
 
     def claim(self, is_issuer) -> None:
-        """Of the TMA warp: ask for the next tile, which :meth:`announce` waits for."""
-        if self.is_dynamic:
-            with if_(is_issuer):
-                before = scalar("uint32")
-                counter = address(self.a.ws["claims"], 4 * self.number)
-                ptx["atom.relaxed.gpu.global.add.u32"](before, counter, u32(1))
-                assign(self.claimed, cast(before, "int32") + self.num_ctas)
+        """Ask for the next tile, which :meth:`announce` waits for."""
+        with if_(T.And(is_issuer, self.rank == 0) if self.c.cluster > 1 else is_issuer):
+            before = scalar("uint32")
+            counter = address(self.a.ws["claims"], 4 * self.number)
+            ptx["atom.relaxed.gpu.global.add.u32"](before, counter, u32(1))
+            assign(self.claimed, cast(before, "int32") + self.num_ctas // self.c.cluster)
 
-    def announce(self, is_issuer) -> None:
-        """Of the TMA warp: advance, and tell everyone where to.
+    def announce(self, is_issuer, space: str = "global") -> None:
+        """Advance to the claimed tile, and tell everyone.
 
         Nobody reads a slot of the ring any more when its turn comes again: each tile has a stage or more, which all
         readers have left before the TMA warp fills it again.
         """
-        if not self.is_dynamic:
+        if self.c.cluster > 1:  # the first CTA does so for all, a lane for each
+            assert self.c.is_issued_by_warp, self.c
+            with if_(self.rank == 0):
+                self._look_up(space)
+                with if_(self.thread.lane < self.c.cluster):
+                    self._publish(self.thread.lane)
             self.advance()
             return
-        assign(self.index, shuffle(self.claimed, T.int32(0)) if self.c.is_issued_by_warp else self.claimed)
-        self._look_up()
-        slot = let(self.num_done % RING)
+        self._look_up(space)
         with if_(is_issuer):
-            store_vec4(self.ring.ptr_to([slot * 4]), [let(cast(value, "uint32")) for value in self.tile], "shared")
-            ptx.mbarrier.arrive.shared.b64(self.is_announced.ptr_to([slot]), u32(1))
-        assign(self.num_done, self.num_done + 1)
+            self._publish()
+        assign(self.num_seen, self.num_seen + 1)
+
+    def _look_up(self, space: str) -> None:
+        """``tile`` of what was claimed."""
+        index = let(shuffle(self.claimed, T.int32(0)) if self.c.is_issued_by_warp else self.claimed)
+
+        def find() -> None:
+            assign(self.tile.token_tile, index // self.row_blocks)
+            assign(self.tile.row_block, index % self.row_blocks * self.c.cluster)
+            offset = let(cast(self.tile.token_tile, "int64") * 4)
+            assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
+            assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
+
+        if_else(index < self.num_tiles, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+
+    def _publish(self, cta=None) -> None:
+        """Write ``tile`` into the ring, of CTA ``cta`` of the cluster or of this one."""
+        words = [let(cast(value, "uint32")) for value in self.tile]
+        slot = let(self.num_seen % RING)
+        ring, barrier = self.ring.ptr_to([slot * 4]), self.is_announced.ptr_to([slot])
+        if cta is None:
+            store_vec4(ring, words, "shared")
+            ptx.mbarrier.arrive.shared.b64(barrier, u32(1))
+        else:
+            there = isa.in_cluster(ring, cta)
+            ptx["st.shared::cluster.v4.b32"](there, *words)
+            ptx["mbarrier.arrive.release.cluster.shared::cluster.b64"](isa.in_cluster(barrier, cta))
 
 
 def clear_claims(a) -> None:
