@@ -24,7 +24,7 @@ HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
     import tvm_ffi
 
-    from tvmmoe.kernels.sm90a import build, gemm, simulate
+    from tvmmoe.kernels.sm90a import build, simulate, tile_scheduler
     from tvmmoe.kernels.sm120a.simulate import compile_so
 
 TILES = (8, 16, 32, 64, 96, 256)
@@ -219,7 +219,7 @@ def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder):
     (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
     path = folder / f"{variant.symbol}_{early}.so"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "NUM_CTAS", 4)
+        patch.setattr(tile_scheduler, "NUM_CTAS", 4)
         source = build.cuda_source([variant])
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[variant.symbol]
