@@ -83,15 +83,16 @@ def finalize(a, knows_rows: bool = False) -> None:
         sums = regs(8, "float32")
         for i in range(8):
             store(sums, T.float32(0), i)
-        early = [_slots(a, token, T.int32(0), PAST_L1)] if knows_rows else []
+        early = [_slots(a, token, T.int32(0), PAST_L1)] if knows_rows else []  # of the first group
+        done = len(early)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         with if_(column < width):
             for rows, weights in early:
                 _add_slots(a, rows, weights, column, sums)
             groups = (cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE
-            with for_(groups - len(early) if early else groups) as i:
-                rows, weights = _slots(a, token, i + len(early) if early else i)
+            with for_(groups - done) as i:
+                rows, weights = _slots(a, token, i + done)
                 _add_slots(a, rows, weights, column, sums)
             words = regs(4, "uint32")
             for i in range(4):

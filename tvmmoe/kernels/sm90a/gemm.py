@@ -204,7 +204,7 @@ class GroupedGemm:
         with while_(tiles.is_left):
             tile = tiles.tile
             coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
-            # The answer takes as long as loads do.
+            # The answer takes as long as loads do; asked earlier, a slow CTA would take a tile that others wait for.
             claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
             with for_(self.k_steps) as step:
 

@@ -57,7 +57,7 @@ def slices(
         "tile_expert": num_tiles * 4,
         "tile_rows": num_tiles * 4,
         "num_tiles": 4,
-        "claims": 2 * 4,  # of both GEMMs: tiles beyond the first of each CTA that were handed out
+        "claims": 2 * 4,  # of both GEMMs: claims that were made, those past the end included
         "row_scale": rows * 4,
         "x": rows * padded(hidden_size) * 2,
         "z": rows * padded(intermediate_size) * 2,

@@ -11,7 +11,8 @@ kernel.
     store    the same chunks in K order; the row's scale for gemm2 where there is one
 
 No fp8 conversions: sm80 runs the same kernel. Memory is the limit (400 MB for 65,536 rows of 1536 columns) as long as a value
-costs less than some 30 instructions, which a division for each would not leave.
+costs less than some 30 instructions, which a division for each would not leave. nvfp4 with per-token scales does divide: its
+divisor, a block's scale times the row's, has 24 bits, and only quotients by few bits are sure to tie where the division does.
 """
 
 import functools

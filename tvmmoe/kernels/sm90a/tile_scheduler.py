@@ -35,7 +35,9 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
-RING = 16  # tiles between the TMA warp and the slowest reader: one a stage and one on either side
+# Announcing a tile proves that the consumers have released a stage of the one MAX_STAGES + 1 before it, whose slot they may
+# still read: each tile has a stage or more, and the TMA warp waits for a stage before it fills it again.
+RING = 16
 assert RING >= MAX_STAGES + 2
 
 
@@ -65,13 +67,13 @@ class TileScheduler:
             ptx.mbarrier.init.shared.b64(self.is_announced.ptr_to([self.thread.tid]), u32(1))
 
     def begin(self, row_blocks, is_list_fresh: bool) -> None:
-        """Count tiles, of which each tile of tokens has ``row_blocks`` (host expression) for a cluster."""
+        """Count what is there to do: each tile of tokens has ``row_blocks`` (host expression) items for a cluster."""
         self.row_blocks = let(row_blocks)
         if is_list_fresh:  # into L1, while the count is on its way
             offset = let(cast(self.thread.cta // self.c.cluster // self.row_blocks, "int64") * 4)
             for name in ("tile_expert", "tile_rows"):
                 load("int32", address(self.a.ws[name], offset))
-        self.num_tiles = let(load("int32", address(self.a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
+        self.num_items = let(load("int32", address(self.a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
         self.rank = let(self.thread.cta % self.c.cluster)  # in the cluster
 
     def _begin_role(self) -> None:
@@ -125,11 +127,7 @@ class TileScheduler:
             assign(self.claimed, cast(before, "int32") + self.num_ctas // self.c.cluster)
 
     def announce(self, is_issuer, space: str = "global") -> None:
-        """Advance to the claimed tile, and tell everyone.
-
-        Nobody reads a slot of the ring any more when its turn comes again: each tile has a stage or more, which all
-        readers have left before the TMA warp fills it again.
-        """
+        """Advance to the claimed tile, and tell everyone."""
         if self.c.cluster > 1:  # the first CTA does so for all, a lane for each
             assert self.c.is_issued_by_warp, self.c
             with if_(self.rank == 0):
@@ -154,7 +152,7 @@ class TileScheduler:
             assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
             assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
 
-        if_else(index < self.num_tiles, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+        if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
 
     def _publish(self, cta=None) -> None:
         """Write ``tile`` into the ring, of CTA ``cta`` of the cluster or of this one."""
