@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,42 @@ def test_fp8_artifact_is_fresh():
     build = pytest.importorskip("tvmmoe.kernels.sm90a.build")
     digest = hashlib.sha256(build.fp8_source().encode()).hexdigest()
     assert MANIFEST.files[f"sm90a/{build.FP8_FILE}"]["tir_sha256"] == digest
+
+
+def kernels_that_hurry(source: str) -> list[str]:
+    """Kernels that let the next one start (griddepcontrol.launch_dependents) on a path without griddepcontrol.wait before.
+
+    A wait counts for what follows it in its own block and in blocks inside of that.
+    """
+    found, kernel, blocks, waits, count = [], "", [], set(), 0
+    for line in source.splitlines():
+        if "__global__" in line and line.rstrip().endswith("{"):
+            kernel, blocks, waits = re.search(r"(\w+_moe_\w+)\(", line)[1], [], set()
+        if kernel and "griddepcontrol_wait()" in line:
+            waits.add(blocks[-1])
+        if kernel and "griddepcontrol_launch_dependents()" in line and waits.isdisjoint(blocks):
+            found.append(kernel)
+        for brace in re.findall("[{}]", line):
+            if brace == "{":
+                blocks.append(count := count + 1)
+            elif blocks:
+                blocks.pop()
+                kernel = kernel if blocks else ""
+    return found
+
+
+@pytest.mark.parametrize("file", ["mxfp4", "nvfp4", "fp8"])
+def test_no_kernel_starts_the_next_before_it_has_waited(file):
+    """What gemm2, requantise and finalize read before they wait is there because of this."""
+    pytest.importorskip("tvm")
+    from tvmmoe import build
+    from tvmmoe.kernels.sm90a import build as sm90a
+
+    source = sm90a.fp8_source() if file == "fp8" else build.cuda_source(build.CUDA_TARGETS["sm90a"], WeightFormat[file])
+    assert not kernels_that_hurry(source)
+    wait, launch = (f"tvm_builtin_ptx_griddepcontrol_{name}();" for name in ("wait", "launch_dependents"))
+    swapped = source.replace(wait, "?").replace(launch, wait).replace("?", launch)
+    assert any("finalize" in name for name in kernels_that_hurry(swapped))
 
 
 def test_fp8_entry_comes_before_those_whose_calls_it_takes():
