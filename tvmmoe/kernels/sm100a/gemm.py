@@ -37,7 +37,7 @@ from tvm.script import tirx as T
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.kernels.sm80.intrinsics import grid_dependency
 from tvmmoe.kernels.sm90a import intrinsics as sm90a
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
     address,

@@ -8,7 +8,7 @@ rows with a 5-D view of the weights, [K/2, 8 columns, half, I/8, expert].
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, let, tensor_map
 from tvmmoe.kernels.sm100a import descriptors as desc
 from tvmmoe.kernels.sm100a.gemm import ROWS, GemmConfig, GroupedGemm

@@ -5,7 +5,7 @@ Weight rows of a tile are neighbouring output columns. Rows of padding are not s
 """
 
 from tvmmoe.config import ActivationFormat
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, let, tensor_map
 from tvmmoe.kernels.sm100a import descriptors as desc
 from tvmmoe.kernels.sm100a.gemm import ROWS, GemmConfig, GroupedGemm

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as sm90a
 from tvmmoe.kernels.sm90a.gather import from_pairs
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,

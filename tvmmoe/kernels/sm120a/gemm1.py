@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm80 import gemm1 as sm80
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, load, scalar
 from tvmmoe.kernels.sm120a.gemm import GemmConfig, GroupedGemm
 

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 from tvmmoe.kernels.sm80.gemm import GemmConfig, GroupedGemm, PermutedRows
 from tvmmoe.kernels.sm80.pipeline import MmaConfig, MmaGemm
 from tvmmoe.kernels.sm90a import gemm1 as sm90a
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import cast
 
 

@@ -7,7 +7,7 @@ Fragment rows are neighbouring output columns. Rows of padding are not stored.
 from tvmmoe.kernels.sm80.gemm import GemmConfig, GroupedGemm, PermutedRows
 from tvmmoe.kernels.sm80.pipeline import MmaGemm
 from tvmmoe.kernels.sm90a import gemm2 as sm90a
-from tvmmoe.kernels.sm90a.gemm import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 
 
 class Gemm2(PermutedRows, sm90a.Gemm2):

@@ -23,8 +23,8 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm80 import intrinsics as isa
-from tvmmoe.kernels.sm90a.gemm import Tile
 from tvmmoe.kernels.sm90a.intrinsics import copy_async
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,

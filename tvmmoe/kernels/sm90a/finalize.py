@@ -12,8 +12,8 @@ from tvm.script import tirx as T
 
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import pack_bf16
-from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     address,
     assign,
     bits,

@@ -14,8 +14,8 @@ from tvm.script import tirx as T
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     address,
     assign,
     cast,

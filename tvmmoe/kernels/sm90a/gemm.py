@@ -27,8 +27,9 @@ from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
-from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1, Tile, TileScheduler
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile, TileScheduler
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     Smem,
     address,
     assign,

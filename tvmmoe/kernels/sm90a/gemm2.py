@@ -6,9 +6,10 @@ Tiles, roles and pipeline as in gemm.py; fragment rows are neighbouring output c
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Tile
+from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, scalar, tensor_map
 
 

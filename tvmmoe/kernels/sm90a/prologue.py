@@ -18,8 +18,9 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
 from tvmmoe.kernels.sm90a.permute import rows_per_tile
 from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
-from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1, clear_claims
+from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     I,
     Smem,
     address,

@@ -23,8 +23,8 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.tile_scheduler import PAST_L1
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     address,
     assign,
     bits,

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm_config import MAX_STAGES, NUM_CTAS, GemmConfig
 from tvmmoe.kernels.sm90a.trace import (
+    PAST_L1,
     Smem,
     address,
     assign,
@@ -34,7 +35,6 @@ from tvmmoe.kernels.sm90a.trace import (
     u32,
 )  # fmt: skip
 
-PAST_L1 = "relaxed.gpu.global"  # before griddepcontrol.wait a line of L1 may be older than the tile list
 # Announcing a tile proves that the consumers have released a stage of the one MAX_STAGES + 1 before it, whose slot they may
 # still read: each tile has a stage or more, and the TMA warp waits for a stage before it fills it again.
 RING = 16

@@ -14,6 +14,8 @@ from tvm.backend.cuda.lang.alloc_pool import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I  # noqa: E741
 
+# Space of loads before griddepcontrol.wait: a line of L1 may be older than what the kernels before the last one wrote.
+PAST_L1 = "relaxed.gpu.global"
 _SUFFIX = {
     "float32": "f32", "int32": "b32", "uint32": "b32", "uint16": "b16", "int16": "b16", "uint64": "b64", "int64": "b64",
 }  # fmt: skip
