@@ -3,22 +3,13 @@
 
 import pytest
 import torch
+from test_block_formats import BLOCK, FORMATS, dequantize, quantize
 
 from tvmmoe import numerics
 from tvmmoe.errors import ArgumentError, DtypeError, ShapeError, TvmMoeError
 
 U8, E4M3 = torch.uint8, torch.float8_e4m3fn
 E8M0 = getattr(torch, "float8_e8m0fnu", None)
-FORMATS = ["nvfp4", "mxfp4", "mxfp8"]
-BLOCK = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32}
-
-
-def quantize(name, x):
-    return getattr(numerics, f"quantize_{name}")(x)
-
-
-def dequantize(name, *tensors):
-    return getattr(numerics, f"dequantize_{name}")(*tensors)
 
 
 def u8(*shape):

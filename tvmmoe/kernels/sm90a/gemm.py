@@ -191,8 +191,9 @@ class GroupedGemm:
         with if_(is_issuer):
             ptx.prefetch.tensormap(T.address_of(self.weight_map))
             ptx.prefetch.tensormap(T.address_of(self.token_map))
-        self.scheduler.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
-        tiles, early = self.scheduler, scalar("int32", T.int32(0))  # stages whose weights are on their way
+        tiles = self.scheduler
+        tiles.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
+        early = scalar("int32", T.int32(0))  # stages whose weights are on their way
         if self.p.knows_tiles:
             with if_(tiles.is_left):
                 tile = tiles.tile

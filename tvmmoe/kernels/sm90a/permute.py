@@ -111,6 +111,13 @@ def rows_per_tile(rows, tile_m: int, step: int | None = None):
     return ((rows + tiles - 1) // tiles + (step - 1)) // step * step
 
 
+def write_num_tiles(a, num_tiles) -> None:
+    """Complete the tile list, by one thread; where GEMMs claim tiles, none has been claimed yet."""
+    store_to("int32", address(a.ws["num_tiles"]), num_tiles)
+    if "claims" in a.ws:
+        clear_claims(a)
+
+
 def scatter(a, tile_m: int, step: int | None = None) -> None:
     """Emit the placing kernel; ``step`` as for :func:`rows_per_tile`."""
     with kernel("scatter", num_chunks(a), PAIRS_PER_CTA) as thread:
@@ -137,9 +144,7 @@ def scatter(a, tile_m: int, step: int | None = None) -> None:
         I.buffer_store(chunk_first, before, [thread.tid])
         I.buffer_store(totals, total, [thread.tid])
         with if_(T.And(thread.cta == 0, thread.tid == 0)):
-            store_to("int32", address(a.ws["num_tiles"]), num_tiles)
-            if "claims" in a.ws:
-                clear_claims(a)
+            write_num_tiles(a, num_tiles)
         cuda.cta_sync()
         row = scalar("int32", T.int32(-1))
         with if_(e >= 0):

@@ -16,9 +16,8 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
-from tvmmoe.kernels.sm90a.permute import rows_per_tile
+from tvmmoe.kernels.sm90a.permute import rows_per_tile, write_num_tiles
 from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
-from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
     I,
@@ -164,8 +163,7 @@ class Placement:
         with if_(T.And(self.thread.cta == 0, self.thread.warp == WARPS - 1)):
             num_tiles = self._tiles_below(self.num_local)
             with if_(self.thread.lane == 0):
-                store_to("int32", address(self.a.ws["num_tiles"]), num_tiles)
-                clear_claims(self.a)
+                write_num_tiles(self.a, num_tiles)
 
     def _rank(self, pair, mine):
         """Pairs before ``pair`` with the same expert; every lane gets the sum."""

@@ -15,8 +15,6 @@ costs less than some 30 instructions, which a division for each would not leave.
 divisor, a block's scale times the row's, has 24 bits, and only quotients by few bits are sure to tie where the division does.
 """
 
-import functools
-
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
@@ -161,10 +159,13 @@ def is_live(a, row, tile_m: int):
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
     """Emit the kernel for one activation format."""
     assert form == ActivationFormat.nvfp4 or not per_token
-    (_requantize_rows if per_token else functools.partial(_requantize_blocks, form=form))(a, tile_m)
+    if per_token:
+        _requantize_rows(a, tile_m)
+    else:
+        _requantize_blocks(a, form, tile_m)
 
 
-def _requantize_blocks(a, tile_m: int, form: ActivationFormat) -> None:
+def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
     blocks = padded(a.intermediate_size) // 128
     num_ctas = cast((a.max_tiles * tile_m * blocks + (THREADS // 4 - 1)) // (THREADS // 4), "int32")
     with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:

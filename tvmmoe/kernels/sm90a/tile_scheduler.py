@@ -105,8 +105,8 @@ class TileScheduler:
     def read_again(self) -> None:
         """The tile, into registers that need not hold it in between."""
         words = load_vec4(self.ring.ptr_to([(self.num_seen - 1) % RING * 4]), "shared")
-        for register, word in zip(self.tile, (words[i] for i in range(4)), strict=True):
-            assign(register, cast(word, "int32"))
+        for i, register in enumerate(self.tile):
+            assign(register, cast(words[i], "int32"))
         if self.c.cluster > 1:
             assign(self.tile.row_block, self.tile.row_block + self.rank)
 
