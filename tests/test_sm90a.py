@@ -214,12 +214,12 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder):
-    """The packed function of the shipped kernels on four CTAs, compiled for this CPU."""
+def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder, num_ctas: int = 4):
+    """The packed function of the shipped kernels on some CTAs, compiled for this CPU."""
     (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
-    path = folder / f"{variant.symbol}_{early}.so"
+    path = folder / f"{variant.symbol}_{early}_{num_ctas}.so"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_scheduler, "NUM_CTAS", 4)
+        patch.setattr(tile_scheduler, "NUM_CTAS", num_ctas)
         source = build.cuda_source([variant])
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[variant.symbol]
@@ -235,3 +235,15 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
     function = simulated(weight_format, tile_m, early, folder)
     output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
     assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-3
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+def test_results_do_not_depend_on_who_computes_a_tile(folder):
+    """The warpgroups of a CTA take turns in adding up their sums, so a tile meets another one where CTAs are fewer."""
+    changes = dict(num_tokens=100, hidden_size=1024, intermediate_size=512, num_experts=8, activation=ActivationType.Identity)
+    case = Case(**vars(SMALL) | changes)
+    kwargs = make_case(case)
+    one, four = (
+        call(case, kwargs, 8, do_finalize=False, function=simulated(MX, 8, False, folder, count))[0] for count in (1, 4)
+    )
+    assert torch.equal(one, four)

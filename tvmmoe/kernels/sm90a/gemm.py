@@ -447,21 +447,27 @@ class GroupedGemm:
             self._store_tile(tile, state)
             return
         # Warpgroups that share rows take turns in finishing a tile; the others hand over their sums. Two buffers and
-        # one barrier a tile are enough: who passes the barrier of tile i + 1 has read the sums of tile i.
+        # one barrier a tile are enough: who passes the barrier of tile i + 1 has read the sums of tile i. Sums are added in
+        # pairs, (0 + 1) + (2 + 3), so that the result does not depend on who finishes.
         ks, thread = self.c.ks, self.thread.tid % 128
         base = let((self.row_group * 2 + self.turn % 2) * ((ks - 1) * self.partial_words) + thread)
         finisher = let(self.turn % ks)
         accumulators = [(acc, i) for acc in self.acc for i in range(self.acc_count)]
         with if_(self.k_sub != finisher):
-            mine = let(base + ((self.k_sub + (ks - 1) - finisher) % ks) * self.partial_words)
+            slot = T.Select((self.k_sub ^ finisher) == 1, T.int32(0), 1 + self.k_sub % 2) if ks == 4 else T.int32(0)
+            mine = let(base + slot * self.partial_words)
             for index, (acc, i) in enumerate(accumulators):
                 ptx["st.shared.f32"](self.partial.ptr_to([mine + index * 128]), acc[i])
         ptx["barrier.sync.aligned"](cast(self.row_group + (1 + self.c.warpgroups), "uint32"), u32(128 * ks))
+
+        def partial_sum(slot: int, index: int):
+            return load("float32", self.partial.ptr_to([base + (slot * self.partial_words + index * 128)]), "shared")
+
         with if_(self.k_sub == finisher):
-            for other in range(ks - 1):
-                for index, (acc, i) in enumerate(accumulators):
-                    pointer = self.partial.ptr_to([base + (other * self.partial_words + index * 128)])
-                    store(acc, acc[i] + load("float32", pointer, "shared"), i)
+            for index, (acc, i) in enumerate(accumulators):
+                store(acc, acc[i] + partial_sum(0, index), i)
+            for index, (acc, i) in enumerate(accumulators if ks == 4 else []):
+                store(acc, acc[i] + (partial_sum(1, index) + partial_sum(2, index)), i)
             self._store_tile(tile, state)
         assign(self.turn, self.turn + 1)
 

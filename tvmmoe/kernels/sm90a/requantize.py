@@ -22,7 +22,6 @@ from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.trace import (
-    PAST_L1,
     address,
     assign,
     bits,
@@ -138,21 +137,21 @@ def _round_nvfp4(values, row_scale) -> None:
         is_zero = full == T.float32(0)
         if row_scale is not None:  # an all-zero row: 0 / 0 above
             is_zero = T.Or(is_zero, row_scale == T.float32(0))
-        zero_or_scale = let(T.Select(is_zero, T.float32(0), scale))
-        reciprocal = let(T.float32(1) / T.Select(is_zero, T.float32(1), full)) if row_scale is None else None
+            assign(scale, T.Select(is_zero, T.float32(0), scale))
         divisor = let(T.Select(is_zero, T.float32(1), full))
+        reciprocal = let(T.float32(1) / divisor) if row_scale is None else None
         for i in range(block, block + 16):
             x = let(T.abs(values[i]))
             ratio = let(x / divisor) if row_scale is not None else _quotient(x, divisor, reciprocal)
             code = _round_magnitude(let(T.min(ratio, T.float32(6))), 1, 0)
-            store(values, numerics.with_sign_of(let(code * zero_or_scale), values[i]), i)
+            store(values, numerics.with_sign_of(let(code * scale), values[i]), i)
 
 
 def is_live(a, row, tile_m: int):
-    """Whether a row holds a pair. Before griddepcontrol.wait: the kernel that wrote the tile list was not the last one."""
+    """Whether a row holds a pair; asked after the wait, for before it the list had to be read past L1, by every warp."""
     tile, rows = let(cast(row // tile_m, "int64")), scalar("int32", T.int32(0))
-    with if_(tile < cast(load("int32", address(a.ws["num_tiles"]), PAST_L1), "int64")):
-        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4), PAST_L1))
+    with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
+        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
     return let(cast(row % tile_m < rows, "int32")) != 0
 
 
@@ -171,9 +170,9 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
     with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:
         item, row_blocks = let(thread.cta * (THREADS // 4) + thread.tid // 4), let(cast(blocks, "int32"))
         row = let(item // row_blocks)
-        is_inside = is_live(a, row, tile_m)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
+        is_inside = is_live(a, row, tile_m)
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
@@ -190,9 +189,9 @@ def _requantize_rows(a, tile_m: int) -> None:
     num_ctas = cast((a.max_tiles * tile_m + (warps - 1)) // warps, "int32")
     with kernel("requantize_nvfp4_per_token", num_ctas, THREADS) as thread:
         row = let(thread.cta * warps + thread.warp)
-        is_inside = is_live(a, row, tile_m)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
+        is_inside = is_live(a, row, tile_m)
         with if_(is_inside):
             rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
             amax = scalar("int32", T.int32(0))

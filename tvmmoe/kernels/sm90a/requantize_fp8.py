@@ -82,9 +82,9 @@ def requantize_fp8(a, tile_m: int) -> None:
     num_ctas = cast((a.max_tiles * tile_m + WARPS - 1) // WARPS, "int32")
     with kernel("requantize_fp8", num_ctas, 32 * WARPS) as thread:
         row = let(thread.cta * WARPS + thread.warp)
-        is_inside = is_live(a, row, tile_m)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
+        is_inside = is_live(a, row, tile_m)
         with if_(is_inside):
             _requantize_row(a, thread.lane, let(cast(row, "int64")), width)
 

@@ -249,11 +249,14 @@ inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
 // An address in another CTA of the cluster has that CTA's rank, plus one, in its upper byte.
 inline void mapa_shared_cluster_u32(uint32_t& d, uint32_t at, uint32_t rank) { d = at | (rank + 1) << 24; }
 inline void mbarrier_arrive_shared_cluster_b64(uint32_t at) { sim::arrive(at & 0xffffff, 1, int(at >> 24) - 1); }
-inline void mbarrier_arrive_release_cluster_shared_cluster_b64(uint32_t at) { mbarrier_arrive_shared_cluster_b64(at); }
-inline void fence_acq_rel_cluster() {}
-inline void st_shared_cluster_v4_b32(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_b32(
+    uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t barrier) {
   const uint32_t words[4] = {a, b, c, d};
-  memcpy(sim::shared_of(int(at >> 24) - 1) + (at & 0xffffff), words, sizeof(words));
+  const int rank = int(to >> 24) - 1;
+  memcpy(sim::shared_of(rank) + (to & 0xffffff), words, sizeof(words));
+  sim::Mbarrier& there = sim::mbarrier_of(rank, barrier & 0xffffff);
+  there.bytes -= sizeof(words);
+  sim::settle(there);
 }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
     uint32_t to, const void* map, int x, int y, uint32_t barrier, uint32_t ctas) {

@@ -6,7 +6,8 @@ one are loaded, looks it up and announces it to the other roles by a ring in sha
 percent, so tiles that were dealt out beforehand end that far apart; and what consumers look up themselves, they wait for (5 %
 where tiles are short). In a cluster the first CTA's TMA warp does so for all of them.
 
-The kernel that writes the tile list clears the counters. Which CTA computes a tile changes nothing about its result.
+The kernel that writes the tile list clears the counters, for workspaces are not initialised; after a GEMM its counter is zero
+again. Which CTA computes a tile changes nothing about its result.
 """
 
 from typing import NamedTuple
@@ -97,8 +98,6 @@ class TileScheduler:
         """To the next tile, or past the end."""
         slot = let(self.num_seen % RING)
         cuda.mbarrier_wait(self.is_announced.ptr_to([slot]), cast(self.num_seen // RING, "uint32") & u32(1))
-        if self.c.cluster > 1:
-            ptx["fence.acq_rel.cluster"]()  # another CTA wrote it
         assign(self.num_seen, self.num_seen + 1)
         self.read_again()
 
@@ -122,27 +121,32 @@ class TileScheduler:
         """Ask for the next tile, which :meth:`announce` waits for."""
         with if_(T.And(is_issuer, self.rank == 0) if self.c.cluster > 1 else is_issuer):
             before = scalar("uint32")
-            counter = address(self.a.ws["claims"], 4 * self.number)
-            ptx["atom.relaxed.gpu.global.add.u32"](before, counter, u32(1))
+            ptx["atom.relaxed.gpu.global.add.u32"](before, self._counter(), u32(1))
             assign(self.claimed, cast(before, "int32") + self.num_ctas // self.c.cluster)
 
     def announce(self, is_issuer, space: str = "global") -> None:
         """Advance to the claimed tile, and tell everyone."""
-        if self.c.cluster > 1:  # the first CTA does so for all, a lane for each
-            assert self.c.is_issued_by_warp, self.c
-            with if_(self.rank == 0):
-                self._look_up(space)
-                with if_(self.thread.lane < self.c.cluster):
-                    self._publish(self.thread.lane)
-            self.advance()
+        if self.c.cluster == 1:
+            self._look_up(is_issuer, space)
+            with if_(is_issuer):
+                self._publish()
+            assign(self.num_seen, self.num_seen + 1)
             return
-        self._look_up(space)
+        assert self.c.is_issued_by_warp, self.c
         with if_(is_issuer):
-            self._publish()
-        assign(self.num_seen, self.num_seen + 1)
+            barrier = self.is_announced.ptr_to([let(self.num_seen % RING)])
+            ptx.mbarrier.arrive.expect_tx.shared.b64(barrier, u32(4 * len(Tile._fields)))
 
-    def _look_up(self, space: str) -> None:
-        """``tile`` of what was claimed."""
+        def lead() -> None:
+            self._look_up(is_issuer, space)
+            with if_(self.thread.lane < self.c.cluster):
+                self._publish_in_cluster(self.thread.lane)
+            assign(self.num_seen, self.num_seen + 1)
+
+        if_else(self.rank == 0, lead, self.advance)
+
+    def _look_up(self, is_issuer, space: str) -> None:
+        """``tile`` of what was claimed. Each tile is followed by one claim, so the last of all that fail clears the counter."""
         index = let(shuffle(self.claimed, T.int32(0)) if self.c.is_issued_by_warp else self.claimed)
 
         def find() -> None:
@@ -152,20 +156,34 @@ class TileScheduler:
             assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
             assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
 
-        if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+        def end() -> None:
+            assign(self.tile.token_tile, T.int32(-1))
+            with if_(T.And(is_issuer, index == self.num_items + (self.num_ctas // self.c.cluster - 1))):
+                store_to("int32", self._counter(), T.int32(0))
 
-    def _publish(self, cta=None) -> None:
-        """Write ``tile`` into the ring, of CTA ``cta`` of the cluster or of this one."""
-        words = [let(cast(value, "uint32")) for value in self.tile]
+        if_else(index < self.num_items, find, end)
+
+    def _counter(self):
+        return address(self.a.ws["claims"], 4 * self.number)
+
+    def _place(self):
+        """Words of ``tile``, where they go in the ring and the barrier of that slot."""
         slot = let(self.num_seen % RING)
-        ring, barrier = self.ring.ptr_to([slot * 4]), self.is_announced.ptr_to([slot])
-        if cta is None:
-            store_vec4(ring, words, "shared")
-            ptx.mbarrier.arrive.shared.b64(barrier, u32(1))
-        else:
-            there = isa.in_cluster(ring, cta)
-            ptx["st.shared::cluster.v4.b32"](there, *words)
-            ptx["mbarrier.arrive.release.cluster.shared::cluster.b64"](isa.in_cluster(barrier, cta))
+        words = [let(cast(value, "uint32")) for value in self.tile]
+        return words, self.ring.ptr_to([slot * 4]), self.is_announced.ptr_to([slot])
+
+    def _publish(self) -> None:
+        """Write ``tile`` into the ring."""
+        words, ring, barrier = self._place()
+        store_vec4(ring, words, "shared")
+        ptx.mbarrier.arrive.shared.b64(barrier, u32(1))
+
+    def _publish_in_cluster(self, cta) -> None:
+        """Write ``tile`` into the ring of CTA ``cta``. Its barrier counts the bytes, as those of a TMA: a release to the cluster
+        and its acquire would wait for all stores and empty the SM's L1."""
+        words, ring, barrier = self._place()
+        there = isa.in_cluster(ring, cta), isa.in_cluster(barrier, cta)
+        ptx["st_async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"](there[0], *words, there[1])
 
 
 def clear_claims(a) -> None:
