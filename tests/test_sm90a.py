@@ -38,6 +38,8 @@ CASES = {
     "odd_scale_rows": dict(hidden_size=416, intermediate_size=352, num_experts=4),
     "gpt_oss": dict(hidden_size=2880, intermediate_size=2880, num_experts=4, alpha=1.702, beta=1.0, clamp_limit=7.0,
                     has_gemm1_bias=True, has_gemm2_bias=True),
+    # So many sums that two runs would hardly round all of them alike if their order differed
+    "many_sums": dict(num_tokens=16, hidden_size=1024, intermediate_size=1536, num_experts=32, top_k=8),
     "smallest": dict(hidden_size=32, intermediate_size=32),
     "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tvm
+from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I  # noqa: E741
 
@@ -18,6 +19,9 @@ from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, TILES, Arguments
+from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
+from tvmmoe.kernels.sm90a.trace import if_, ptx
+from tvmmoe.kernels.sm90a.trace import kernel as kernel_of
 from tvmmoe.tuning import cuda
 from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
@@ -102,12 +106,21 @@ def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
     """Host function of one stage alone, by the operator's calling convention."""
 
     def launch(a: Arguments) -> None:
+        _clear_claims(a)
         if stage == "gemm1":
             gemm1(a, c, True)
         else:
             gemm2(a, c)
 
     return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch)
+
+
+def _clear_claims(a: Arguments) -> None:
+    """Before each run of a stage alone; in the operator the kernel that writes the tile list does it."""
+    with kernel_of("clear_claims", T.int32(1), 32) as thread:
+        ptx.griddepcontrol.wait()
+        with if_(thread.tid == 0):
+            clear_claims(a)
 
 
 def host_function(
