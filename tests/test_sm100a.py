@@ -37,7 +37,7 @@ HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
     import tvm_ffi
 
-    from tvmmoe.kernels.nvcc import sass_of
+    from tvmmoe.kernels.nvcc import sass_by_kernel
     from tvmmoe.kernels.sm90a import trace
     from tvmmoe.kernels.sm100a import build, gemm, load, operator, simulate
 needs_tvm = pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
@@ -352,7 +352,7 @@ def test_kernels_are_tcgen05_without_spills(weight_format, tile_m, gencode, tmp_
     cuda = build.cuda_source([v], operator.gemms)
     log = build.compile_so(cuda, tmp_path / "moe.so", getattr(build, gencode))
     assert re.search(r"\b0 bytes spill stores", log) and not re.search(r"[1-9]\d* bytes spill", log)
-    functions = {part.split()[0]: part for part in sass_of(tmp_path / "moe.so").split("Function : ")[1:]}
+    functions = sass_by_kernel(tmp_path / "moe.so")
     opcode = "UTCQMMA" if weight_format is MX else "UTCOMMA"
     for name, form in itertools.product(("gemm1", "gemm1_gated", "gemm2"), (v.quantized.activation_format, A.bf16)):
         sass = functions[f"{v.symbol}_{name}_{form.name}"]

@@ -25,7 +25,7 @@ from tvmmoe.workspace import max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
-    from tvmmoe.kernels.nvcc import sass_of
+    from tvmmoe.kernels.nvcc import sass_by_kernel, sass_of
     from tvmmoe.kernels.sm120a import build, intrinsics, operator, simulate
     from tvmmoe.kernels.sm120a.tensor_intrin import matmul_source
 
@@ -362,7 +362,7 @@ def test_kernels_are_instructions_without_spills(weight_format, tile_m, tmp_path
     variant = shipped(weight_format)[tile_m]
     log = build.compile_so(gemms_source(variant), tmp_path / "moe.so", build.NATIVE)
     assert re.search(r"\b0 bytes spill stores", log) and not re.search(r"[1-9]\d* bytes spill", log)
-    functions = {part.split()[0]: part for part in sass_of(tmp_path / "moe.so").split("Function : ")[1:]}
+    functions = sass_by_kernel(tmp_path / "moe.so")
     for name in ("gemm1", "gemm1_gated", "gemm2"):
         sass = functions[f"{variant.symbol}_{name}"]
         assert set(re.findall(r"\b[A-Z]*MMA[.\w]*", sass)) == {FORMS[variant.gemm1.form.name].opcode}

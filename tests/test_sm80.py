@@ -162,7 +162,7 @@ class TestArtifact:
         path, log = compiled(weight_format)
         assert path.name == file_name(weight_format)
         assert re.search(r"\b0 bytes spill stores", log) and not re.search(r"[1-9]\d* bytes spill", log)
-        functions = {part.split()[0]: part for part in nvcc.sass_of(path).split("Function : ")[1:]}
+        functions = nvcc.sass_by_kernel(path)
         for tile_m in TILES:
             for name in ("gemm1", "gemm1_gated", "gemm2"):
                 sass = functions[f"{symbol_of(weight_format, tile_m)}_{name}"]

@@ -90,7 +90,7 @@ def test_candidate_becomes_a_library_of_the_instruction(stage, kernel, monkeypat
     c = sm100a.gemm_config(TASK, sm100a.default(TASK) | dict(num_stages=4))
     path = tmp_path / "unit.so"
     cuda.compile_unit(sm100a.__name__, [(stage, c)], str(path))
-    sass = {part.split()[0]: part for part in nvcc.sass_of(path).split("Function : ")[1:]}
+    sass = nvcc.sass_by_kernel(path)
     assert set(sass) == {f"{sm100a.symbol(stage, c)}_{kernel}"} and nvcc.chips_of(path) == {"sm_100a"}
     assert all(re.findall(r"\bUTC[A-Z]MMA\b", text) and "UTCOMMA" in text for text in sass.values())
 

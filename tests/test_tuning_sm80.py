@@ -140,7 +140,7 @@ def test_candidate_becomes_a_library(monkeypatch, tmp_path):
     c = sm80.gemm_config(TASK, sm80.default_of_tile(16) | dict(num_stages=2))
     path = tmp_path / "unit.so"
     cuda.compile_unit(sm80.__name__, [("gemm1", c)], str(path))
-    sass = {part.split()[0]: part for part in nvcc.sass_of(path).split("Function : ")[1:]}
+    sass = nvcc.sass_by_kernel(path)
     assert set(sass) == {f"{sm80.symbol('gemm1', c)}_gemm1_gated"} and nvcc.chips_of(path) == {"sm_80", "sm_90"}
     assert all("HMMA.16816.F32.BF16" in text for text in sass.values())
 

@@ -95,6 +95,11 @@ def sass_of(path: Path) -> str:
     return _cuobjdump("-sass", path)
 
 
+def sass_by_kernel(path: Path) -> dict[str, str]:
+    """Disassembly of each kernel of a library, by name."""
+    return {part.split()[0]: part for part in sass_of(path).split("Function : ")[1:]}
+
+
 def chips_of(path: Path) -> set[str]:
     """Chips, like sm_90a, that a library holds machine code for."""
     return set(re.findall(r"\.(sm_\w+)\.cubin", _cuobjdump("-lelf", path)))
