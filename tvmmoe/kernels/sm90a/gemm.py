@@ -454,9 +454,7 @@ class GroupedGemm:
         finisher = let(self.turn % ks)
         accumulators = [(acc, i) for acc in self.acc for i in range(self.acc_count)]
         with if_(self.k_sub != finisher):
-            slot = (self.k_sub + (ks - 1) - finisher) % ks
-            if ks == 4:  # the other of the finisher's pair comes first
-                slot = T.Select((self.k_sub ^ finisher) == 1, T.int32(0), 1 + self.k_sub % 2)
+            slot = (self.k_sub ^ finisher) - 1  # 0: the other of the finisher's pair
             mine = let(base + slot * self.partial_words)
             for index, (acc, i) in enumerate(accumulators):
                 ptx["st.shared.f32"](self.partial.ptr_to([mine + index * 128]), acc[i])

@@ -126,7 +126,7 @@ class TileScheduler:
     def announce(self, is_issuer, space: str = "global") -> None:
         """Advance to the claimed tile, and tell everyone."""
         if self.c.cluster == 1:
-            self._look_up(is_issuer, space)
+            self._look_up(space)
             with if_(is_issuer):
                 self._publish()
             assign(self.num_seen, self.num_seen + 1)
@@ -137,15 +137,15 @@ class TileScheduler:
             ptx.mbarrier.arrive.expect_tx.shared.b64(barrier, u32(4 * len(Tile._fields)))
 
         def lead() -> None:
-            self._look_up(is_issuer, space)
+            self._look_up(space)
             with if_(self.thread.lane < self.c.cluster):
                 self._publish_in_cluster(self.thread.lane)
             assign(self.num_seen, self.num_seen + 1)
 
         if_else(self.rank == 0, lead, self.advance)
 
-    def _look_up(self, is_issuer, space: str) -> None:
-        """``tile`` of what was claimed. Each is followed by one claim, so the last that fails may clear the counter."""
+    def _look_up(self, space: str) -> None:
+        """``tile`` of what was claimed."""
         index = let(shuffle(self.claimed, T.int32(0)) if self.c.is_issued_by_warp else self.claimed)
 
         def find() -> None:
@@ -155,14 +155,7 @@ class TileScheduler:
             assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
             assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
 
-        def end() -> None:
-            assign(self.tile.token_tile, T.int32(-1))
-            # With this, ptxas takes the pipeline's state out of uniform registers: 4 to 6 % slower without a cluster.
-            if self.c.cluster > 1 or not self.c.is_issued_by_warp:
-                with if_(T.And(is_issuer, index == self.num_items + (self.num_ctas // self.c.cluster - 1))):
-                    store_to("int32", self._counter(), T.int32(0))
-
-        if_else(index < self.num_items, find, end)
+        if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
 
     def _counter(self):
         return address(self.a.ws["claims"], 4 * self.number)
