@@ -120,7 +120,7 @@ class TileScheduler:
         """Ask for the next tile, which :meth:`announce` waits for."""
         with if_(T.And(is_issuer, self.rank == 0) if self.c.cluster > 1 else is_issuer):
             before = scalar("uint32")
-            ptx["atom.relaxed.gpu.global.add.u32"](before, self._counter(), u32(1))
+            ptx["atom.relaxed.gpu.global.add.u32"](before, _counter(self.a, self.number), u32(1))
             assign(self.claimed, cast(before, "int32") + self.num_ctas // self.c.cluster)
 
     def announce(self, is_issuer, space: str = "global") -> None:
@@ -157,9 +157,6 @@ class TileScheduler:
 
         if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
 
-    def _counter(self):
-        return address(self.a.ws["claims"], 4 * self.number)
-
     def _place(self):
         """Words of ``tile``, where they go in the ring and the barrier of that slot."""
         slot = let(self.num_seen % RING)
@@ -183,7 +180,12 @@ class TileScheduler:
         ptx["st_async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"](there[0], *words, there[1])
 
 
+def _counter(a, number: int):
+    """Address of a GEMM's claims."""
+    return address(a.ws["claims"], 4 * number)
+
+
 def clear_claims(a) -> None:
     """Before the first GEMM, by one thread."""
     for number in range(2):
-        store_to("int32", address(a.ws["claims"], 4 * number), T.int32(0))
+        store_to("int32", _counter(a, number), T.int32(0))
