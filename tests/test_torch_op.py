@@ -3,6 +3,7 @@
 
 import dataclasses
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,6 +89,35 @@ def test_streams_do_not_disturb_each_other():
     torch.cuda.synchronize()
     for mine, wanted in zip(outputs, expected, strict=True):
         assert all(torch.equal(output, wanted) for output in mine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_kernels_that_wait_for_each_others_tiles_share_the_gpu(num_tokens):
+    """Both GEMMs of a token or two are one kernel. Of several at once none has all SMs, and none may wait for ever."""
+    sizes = dict(num_tokens=num_tokens, hidden_size=2080, intermediate_size=2016, num_experts=32, top_k=8)
+    cases = [make_case(**sizes, seed=seed, device="cuda") for seed in range(6)]
+    expected = [tvmmoe.trtllm_fp4_block_scale_moe(**case)[0] for case in cases]
+    torch.cuda.synchronize()
+    streams, outputs = [torch.cuda.Stream() for _ in cases], [[] for _ in cases]
+    for _ in range(40):
+        for case, stream, mine in zip(cases, streams, outputs, strict=True):
+            with torch.cuda.stream(stream):
+                mine.append(tvmmoe.trtllm_fp4_block_scale_moe(**case)[0])
+    torch.cuda.synchronize()
+    for mine, wanted in zip(outputs, expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in mine)
+
+
+@pytest.mark.gpu
+def test_first_call_of_a_thread():
+    """It has no CUDA context yet: everything was allocated elsewhere."""
+    case = make_case(num_tokens=4, device="cuda")
+    expected = tvmmoe.trtllm_fp4_block_scale_moe(**case)[0]
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(lambda: tvmmoe.trtllm_fp4_block_scale_moe(**case)[0]).result()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.gpu

@@ -479,12 +479,29 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
     assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]
 
 
+def test_few_columns_of_gemm2_have_a_choice_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tvmmoe.kernels.sm90a.operator.PENDING", True)
+    task = Task(sm90a.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 64)
+    by_hand, for_longer = (sm90a.default_of_tile(8, "mxfp4", is_short) for is_short in (True, False))
+    assert task.k <= sm90a.SHORT_K and sm90a.default(task) == by_hand != for_longer
+    assert by_hand in sm90a.seeds(task) and for_longer in sm90a.seeds(task)
+    assert by_hand not in sm90a.seeds(HOPPER_TASK) and for_longer in sm90a.seeds(HOPPER_TASK)
+    better = by_hand | dict(k_blocks=4)
+    run = run_of(tmp_path, Clock(), task, sm90a)
+    for config, us in ((by_hand, 100.0), (for_longer, 120.0), (better, 90.0)):
+        run.record(config, us)
+    chosen = sm90a.chosen("mxfp4", tmp_path)
+    assert chosen[8]["gemm2_short"].k_blocks == 4 and chosen[8]["gemm2"].ks == for_longer["ks"]
+    assert "gemm2_short" not in chosen[32]
+
+
 def test_without_records_the_choices_are_the_shipped_ones(tmp_path):
-    from tvmmoe.kernels.sm90a.build import variants
+    from tvmmoe.kernels.sm90a.build import Variant, variants
 
     for weight_format in WeightFormat:
         chosen = sm90a.chosen(weight_format.name, tmp_path)
-        assert {v.tile_m: {"gemm1": v.gemm1, "gemm2": v.gemm2} for v in variants(weight_format)} == chosen
+        assert variants(weight_format) == [Variant(**configs) for configs in chosen.values()]
+        assert [v.tile_m for v in variants(weight_format)] == list(chosen)
         for stage in ("gemm1", "gemm2"):
             assert cpu.chosen(stage, weight_format.name, 8, tmp_path) == cpu.GemmConfig()
 

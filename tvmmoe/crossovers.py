@@ -31,7 +31,10 @@ ROWS = {
     "cuda": (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256),
     "cpu": (0.0625, 0.25, 0.5, 1, 2, 4, 8, 16),
 }
-SHAPES = {"cuda": ("Qwen3-235B-A22B", "gpt-oss-120b", "DeepSeek-V3-32of256"), "cpu": ("Qwen3-30B-A3B",)}
+SHAPES = {
+    "cuda": ("Qwen3-235B-A22B", "gpt-oss-120b", "DeepSeek-V3-32of256", "Qwen3-30B-A3B", "gpt-oss-20b", "MiniMax-M2"),
+    "cpu": ("Qwen3-30B-A3B",),
+}
 ROUNDS = {"cuda": 5, "cpu": 3}
 
 Record = dict[str, Any]  # shape, mode, rows_per_expert, num_tokens, us by tile height

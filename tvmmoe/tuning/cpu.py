@@ -82,22 +82,24 @@ def configs(task: Task) -> list[dict[str, int]]:
 
 def by_tile_height(
     stage: str, weight_format: str, measurements: list[records.Measurement]
-) -> dict[int, tuple[dict[str, int], list[records.Measurement]]]:
+) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them: those of its own tasks."""
-    return {
-        tile_m: (
+    return [
+        records.Candidates(
+            stage,
+            tile_m,
             default(Task(TARGET, stage, weight_format, "", 1, tile_m)),
             [m for m in measurements if m.task.tile_m == tile_m],
         )
         for tile_m in TILE_M
-    }
+    ]
 
 
 def chosen(stage: str, weight_format: str, tile_m: int, root: Path | None = None) -> GemmConfig:
     """The recorded choice for a tile height, or the hand-chosen one."""
     mine = [m for m in records.load(TARGET, stage, root)[0] if m.task.weight_format == weight_format]
-    hand, part = by_tile_height(stage, weight_format, mine)[tile_m]
-    return GemmConfig(**records.choose(part, hand))
+    (own,) = (c for c in by_tile_height(stage, weight_format, mine) if c.tile_m == tile_m)
+    return GemmConfig(**records.choose(own.measurements, own.by_hand))
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:

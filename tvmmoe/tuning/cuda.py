@@ -98,19 +98,19 @@ def seeds(target: ModuleType, task: Task) -> list[dict[str, int]]:
 
 def by_tile_height(
     target: ModuleType, stage: str, weight_format: str, measurements: list[records.Measurement]
-) -> dict[int, tuple[dict[str, int], list[records.Measurement]]]:
+) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them."""
-    return {tile_m: (target.default_of_tile(tile_m), measurements) for tile_m in target.TILES}
+    return [records.Candidates(stage, m, target.default_of_tile(m), measurements) for m in target.TILES]
 
 
 def chosen(target: ModuleType, weight_format: str, root: Path | None = None) -> dict[int, dict[str, Any]]:
-    """Configuration of both stages by tile height: the recorded choice, or the hand-chosen one."""
+    """Fields of the operator's variant by tile height: the recorded choices, or the hand-chosen ones."""
     choices: dict[int, dict[str, Any]] = {tile_m: {} for tile_m in target.TILES}
     for stage in STAGES:
         task = Task(target.TARGET, stage, weight_format, "", 1)
         mine = [m for m in records.load(target.TARGET, stage, root)[0] if m.task.weight_format == weight_format]
-        for tile_m, (by_hand, part) in by_tile_height(target, stage, weight_format, mine).items():
-            choices[tile_m][stage] = target.gemm_config(task, records.choose(part, by_hand))
+        for field, tile_m, by_hand, part in target.by_tile_height(stage, weight_format, mine):
+            choices[tile_m][field] = target.gemm_config(task, records.choose(part, by_hand))
     return choices
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import tvm
 import tvm_ffi
@@ -156,6 +157,15 @@ def stages_of(target: str, root: Path | None = None) -> Iterator[str]:
 
 
 Times = dict[tuple, float]  # us by decisions (tasks.key_of)
+
+
+class Candidates(NamedTuple):
+    """What a configuration of an artifact is chosen from."""
+
+    field: str  # of the operator's variant that it fills: the stage, or a part of its tasks
+    tile_m: int
+    by_hand: dict[str, int]
+    measurements: list[Measurement]
 
 
 def by_task(measurements: list[Measurement]) -> dict[Task, list[Measurement]]:

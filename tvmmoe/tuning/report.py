@@ -48,7 +48,7 @@ def choices(target: ModuleType, stage: str, root: Path | None) -> Iterator[str]:
     measurements = records.load(target.TARGET, stage, root)[0]
     for weight_format in (f.name for f in WeightFormat):
         mine = [m for m in measurements if m.task.weight_format == weight_format]
-        for tile_m, (default, part) in target.by_tile_height(stage, weight_format, mine).items():
+        for field, tile_m, default, part in target.by_tile_height(stage, weight_format, mine):
             times = records.relevant(part, default)
             if not times:
                 continue
@@ -56,7 +56,7 @@ def choices(target: ModuleType, stage: str, root: Path | None) -> Iterator[str]:
             ratios = [t[key_of(chosen)] / t[key_of(default)] for t in times.values() if key_of(chosen) in t]
             own = [min(t.values()) / t[key_of(default)] for t in times.values()]
             yield (
-                f"{stage} {weight_format} m{tile_m}: {text_of(chosen)}; {len(times)} tasks, times over the hand-chosen: "
+                f"{field} {weight_format} m{tile_m}: {text_of(chosen)}; {len(times)} tasks, times over the hand-chosen: "
                 f"mean {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}; "
                 f"a choice of its own for every task {statistics.geometric_mean(own):.3f}"
             )

@@ -62,9 +62,9 @@ def seeds(task: Task) -> list[dict[str, int]]:
 
 def by_tile_height(
     stage: str, weight_format: str, measurements: list[records.Measurement]
-) -> dict[int, tuple[dict[str, int], list[records.Measurement]]]:
+) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them."""
-    return {tile_m: (default_of_tile(tile_m, weight_format), measurements) for tile_m in TILES}
+    return [records.Candidates(stage, m, default_of_tile(m, weight_format), measurements) for m in TILES]
 
 
 def chosen(weight_format: str, root: Path | None = None) -> dict[int, dict[str, kernel.GemmConfig]]:

@@ -18,11 +18,11 @@ from tvmmoe.kernels.sm90a import gemm_config as kernel
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
-from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, TILES, Arguments
+from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, TILES, Arguments, hand_chosen, short_tiles
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
 from tvmmoe.kernels.sm90a.trace import kernel as kernel_of
-from tvmmoe.tuning import cuda
+from tvmmoe.tuning import cuda, records
 from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
@@ -41,9 +41,7 @@ MIN_SHARED_TILE = 64  # columns from which a cluster is tried: below, tokens are
 
 device_name = cuda.device_name
 tvm_target = functools.partial(cuda.tvm_target, "sm_90a", kernel.SMEM_BYTES)
-(tasks, knobs, space, default, seeds, by_tile_height, chosen, configs, precompile, build, Bench) = cuda.of(
-    sys.modules[__name__]
-)
+(tasks, knobs, space, _, _, _, chosen, configs, precompile, build, Bench) = cuda.of(sys.modules[__name__])
 
 
 def mode(weight_format: str) -> tuple[str, str]:
@@ -56,11 +54,47 @@ def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
     return kernel.GemmConfig(WeightFormat[task.weight_format], **config)
 
 
-def default_of_tile(tile_m: int) -> dict[str, int]:
+def default_of_tile(tile_m: int, weight_format: str = "mxfp4", is_short: bool = False) -> dict[str, int]:
     """Hand-chosen decisions for a tile height."""
-    mi, ks, warpgroups, k_blocks, cluster = TILES[tile_m]
-    choices = dict(mi=mi, ks=ks, warpgroups=warpgroups, k_blocks=k_blocks, cluster=cluster)
-    return dict(tile_m=tile_m, **choices, max_stages=kernel.MAX_STAGES)
+    c = hand_chosen(WeightFormat[weight_format], tile_m, is_short)
+    return {name: getattr(c, name) for name in KNOBS}
+
+
+def _is_short(task: Task) -> bool:
+    return task.stage == "gemm2" and task.k <= SHORT_K
+
+
+def default(task: Task) -> dict[str, int]:
+    """Hand-chosen decisions for the task's rows an expert."""
+    tile_m = next((m for m in TILES if m >= task.rows_per_expert), max(TILES))
+    return default_of_tile(tile_m, task.weight_format, _is_short(task))
+
+
+def seeds(task: Task) -> list[dict[str, int]]:
+    """Hand-chosen decisions of every tile height that the task may take, and those for longer K."""
+    by_hand = [
+        default_of_tile(tile_m, task.weight_format, is_short)
+        for is_short in ((True, False) if _is_short(task) else (False,))
+        for tile_m in knobs(task)["tile_m"]
+        if not is_short or tile_m in short_tiles()
+    ]
+    return [config for config in by_hand if is_legal(task, config)]
+
+
+def by_tile_height(
+    stage: str, weight_format: str, measurements: list[records.Measurement]
+) -> list[records.Candidates]:
+    """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart."""
+    of_short = [m for m in measurements if _is_short(m.task)]
+    rest = [m for m in measurements if not _is_short(m.task)]
+    result = []
+    for tile_m in TILES:
+        by_hand, has_short = default_of_tile(tile_m, weight_format), stage == "gemm2" and tile_m in short_tiles()
+        result.append(records.Candidates(stage, tile_m, by_hand, rest if has_short else measurements))
+        if has_short:
+            by_hand = default_of_tile(tile_m, weight_format, True)
+            result.append(records.Candidates("gemm2_short", tile_m, by_hand, of_short))
+    return result
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:

@@ -61,7 +61,7 @@ def _add_slots(a, rows, weights, column, sums) -> None:
     for row in rows:
         words = regs(4, "uint32")
         with if_(row >= 0):
-            offset = cast(row, "int64") * a.hidden_size + column
+            offset = cast(row, "int64") * a.output_pitch + column
             load_vec4(address(a.result("gemm2_output"), offset * 2), into=words)
         data.append(words)
     for row, weight, words in zip(rows, weights, data, strict=True):

@@ -21,6 +21,10 @@ A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it 
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
 """
 
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
@@ -58,6 +62,18 @@ EPILOGUE_TOKENS = 32  # evaluated together
 SCALE_LANES = 96  # three warps copy scales
 
 
+class Work(NamedTuple):
+    """A problem and what a kernel knows of it from the start."""
+
+    p: object
+    weight_map: object
+    token_map: object
+    k_steps: object
+    scale_row_bytes: object
+    is_aligned: object  # scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words
+    pitch_of_scales: object
+
+
 class GroupedGemm:
     """Emits one kernel; ``problem`` (gemm1, gemm2) says which rows a tile has and what happens to accumulators."""
 
@@ -70,7 +86,6 @@ class GroupedGemm:
         self.x_block, self.w_block, self.s_stage, self.pitch, self.partial_words, self.stages, self.chunk_m = memory
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
-        self.out_columns = c.mi * 32 * problem.matrices  # of a warpgroup
         self.partial_total = c.partial_buffers * self.partial_words
         self.out_bytes = self.chunk_m * c.warpgroups * self.pitch
         self.acc_count = c.tile_m // 2
@@ -78,48 +93,78 @@ class GroupedGemm:
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
         self.is_state_early = c.mi * self.acc_count <= 32
         self.registers = c.registers
-        self.scheduler = TileScheduler(a, c, problem.number)
+        self.piece = min(16, c.stage_scale_bytes)  # bytes of a copy of scales
+        self.scheduler = self._scheduler()
+
+    def _scheduler(self) -> TileScheduler:
+        return TileScheduler(self.a, self.c, self.p.number)
 
     def reserved_bytes(self) -> int:
         """Shared memory that a subclass allocates in :meth:`_allocate_more`."""
         return 0
 
     def emit(self) -> None:
-        a, c, p = self.a, self.c, self.p
-        weight_map = p.weight_map(c)
-        dims, box = [p.padded_k, a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
-        token_map = tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
-        row_blocks = cast((p.num_row_blocks(c) + (c.cluster - 1)) // c.cluster, "int32")  # of a cluster
-        with kernel(p.name, T.int32(self.scheduler.num_ctas), (c.warpgroups + 1) * 128, cluster=c.cluster) as thread:
-            self.thread, self.weight_map, self.token_map = thread, weight_map, token_map
+        c, p = self.c, self.p
+        maps, row_blocks = self._maps(p), self._row_blocks(p)
+        with self._kernel(p.name):
             self._allocate()
             if not p.knows_tiles:
                 ptx.griddepcontrol.wait()
-            k_stage = K_BLOCK * c.k_blocks
-            self.k_steps = let(cast((p.k + k_stage - 1) // k_stage, "int32"))
+            k_steps = self._k_steps(p)
             self.scheduler.begin(row_blocks, not p.knows_tiles)
-            self.scale_row_bytes = let(cast(p.k // c.weight_format.block_size, "int32"))
-            # Scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words.
-            self.piece = min(16, c.stage_scale_bytes)
-            misaligned = (p.k // c.weight_format.block_size | p.scales) & T.int64(self.piece - 1)
-            self.is_aligned = let(cast(misaligned == 0, "int32")) != 0
-            pitches = T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)
-            self.pitch_of_scales = let(T.Select(self.is_aligned, *pitches))
-            producer = 4 * c.warpgroups  # first warp of the producers' warpgroup
-            with if_(thread.warp >= producer):
-                ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
-                with if_(thread.warp == producer):
-                    self._produce_operands()
-                with if_(thread.warp > producer):
-                    self._produce_scales(let(thread.tid - (producer + 1) * 32))
-            with if_(thread.warp < producer):
-                ptx["setmaxnreg.inc.sync.aligned.u32"](self.registers[1])
-                if p.knows_tiles:
-                    ptx.griddepcontrol.wait()
-                ptx.griddepcontrol.launch_dependents()
-                self._consume()
+            self._use(self._begin(p, *maps, k_steps))
+            self._run_roles()
             if c.cluster > 1:  # whose CTAs still write here
                 cuda.cluster_sync()
+
+    def _maps(self, p):
+        """Tensor maps of weights and tokens: host expressions."""
+        c = self.c
+        dims, box = [p.padded_k, self.a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
+        return p.weight_map(c), tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
+
+    def _row_blocks(self, p):
+        """Row blocks of a cluster: a host expression."""
+        return cast((p.num_row_blocks(self.c) + (self.c.cluster - 1)) // self.c.cluster, "int32")
+
+    @contextlib.contextmanager
+    def _kernel(self, name: str) -> Iterator[None]:
+        c = self.c
+        num_threads = (c.warpgroups + 1) * 128
+        with kernel(name, T.int32(self.scheduler.num_ctas), num_threads, cluster=c.cluster) as self.thread:
+            yield
+
+    def _k_steps(self, p):
+        k_stage = K_BLOCK * self.c.k_blocks
+        return let(cast((p.k + k_stage - 1) // k_stage, "int32"))
+
+    def _begin(self, p, weight_map, token_map, k_steps) -> Work:
+        c, row_bytes = self.c, p.k // self.c.weight_format.block_size
+        scale_row_bytes = let(cast(row_bytes, "int32"))
+        misaligned = (row_bytes | p.scales) & T.int64(self.piece - 1)
+        is_aligned = let(cast(misaligned == 0, "int32")) != 0
+        pitch = let(T.Select(is_aligned, T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)))
+        return Work(p, weight_map, token_map, k_steps, scale_row_bytes, is_aligned, pitch)
+
+    def _use(self, work: Work) -> None:
+        """Go on with this problem: while tracing, its fields are attributes."""
+        for name, value in work._asdict().items():
+            setattr(self, name, value)
+
+    def _run_roles(self) -> None:
+        thread, producer = self.thread, 4 * self.c.warpgroups  # first warp of the producers' warpgroup
+        with if_(thread.warp >= producer):
+            ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
+            with if_(thread.warp == producer):
+                self._produce_operands()
+            with if_(thread.warp > producer):
+                self._produce_scales(let(thread.tid - (producer + 1) * 32))
+        with if_(thread.warp < producer):
+            ptx["setmaxnreg.inc.sync.aligned.u32"](self.registers[1])
+            if self.p.knows_tiles:
+                ptx.griddepcontrol.wait()
+            ptx.griddepcontrol.launch_dependents()
+            self._consume()
 
     def _allocate(self) -> None:
         smem, s = Smem(), self.stages
@@ -170,7 +215,7 @@ class GroupedGemm:
         """Pipeline state of one role: what all of them shared would not stay in uniform registers."""
         self.stage, self.phase = scalar("int32", T.int32(0)), scalar("uint32", u32(0))
 
-    def _produce_operands(self) -> None:
+    def _set_policy(self) -> None:
         c = self.c
         self.policy = None
         if c.is_streamed and c.tile_m > 16:  # beside 32 columns what follows costs 3 %
@@ -179,8 +224,11 @@ class GroupedGemm:
             # Rows that start inside a 64-byte piece share it with the next K block: that must stay until then.
             is_whole = (self.p.k // 2) & T.int64(63) == T.int64(0)
             self.policy = let(T.Select(is_whole, T.uint64(isa.EVICT_FIRST), T.uint64(isa.EVICT_NORMAL)))
+
+    def _produce_operands(self) -> None:
+        self._set_policy()
         self._begin_role()
-        if c.is_issued_by_warp:
+        if self.c.is_issued_by_warp:
             self._issue_loads(self.thread.lane == 0)
         else:
             with if_(cuda.elect_sync() != u32(0)):
@@ -204,24 +252,28 @@ class GroupedGemm:
                         self._load_weights(step, step, coordinates, x_bytes)
             ptx.griddepcontrol.wait()
         with while_(tiles.is_left):
-            tile = tiles.tile
-            coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
-            # The answer takes as long as loads do; asked earlier, a slow CTA would take a tile that others wait for.
-            claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
-            with for_(self.k_steps) as step:
+            self._load_tile(is_issuer, early)
 
-                def wait_and_load(step=step):
-                    cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                    with if_(is_issuer):
-                        self._load_weights(self.stage, step, coordinates, x_bytes)
+    def _load_tile(self, is_issuer, early) -> None:
+        """Load the tile, whose first ``early`` stages have their weights, and announce the next one."""
+        tiles, tile = self.scheduler, self.scheduler.tile
+        coordinates, x_bytes = self.p.weight_coordinates(self.c, tile), self._token_bytes(tile)
+        # The answer takes as long as loads do; asked earlier, a slow CTA would take a tile that others wait for.
+        claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
+        with for_(self.k_steps) as step:
 
-                if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
+            def wait_and_load(step=step):
+                cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
                 with if_(is_issuer):
-                    self._load_tokens(tile, step, x_bytes)
-                with if_(step == claiming):
-                    tiles.claim(is_issuer)
-                self._advance()
-            tiles.announce(is_issuer)
+                    self._load_weights(self.stage, step, coordinates, x_bytes)
+
+            if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
+            with if_(is_issuer):
+                self._load_tokens(tile, step, x_bytes)
+            with if_(step == claiming):
+                tiles.claim(is_issuer)
+            self._advance()
+        tiles.announce(is_issuer)
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -256,10 +308,13 @@ class GroupedGemm:
 
     def _produce_scales(self, lane) -> None:
         self._begin_role()
-        c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
         if self.p.knows_tiles:
             ptx.griddepcontrol.wait()
         self.scheduler.follow()
+        self._copy_scales_of_tiles(lane)
+
+    def _copy_scales_of_tiles(self, lane) -> None:
+        c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
         rows = [let(lane + SCALE_LANES * i) for i in range(-(-c.rows // SCALE_LANES))]
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
@@ -308,6 +363,15 @@ class GroupedGemm:
 
     def _consume(self) -> None:
         self._begin_role()
+        self._allot()
+        self._place_rows()
+        self.turn = scalar("int32", T.int32(0))
+        self.previous = scalar("int32", T.int32(self.stages))
+        self.scheduler.follow()
+        self._multiply_tiles()
+
+    def _allot(self) -> None:
+        """Registers of a consumer, and its place among them."""
         c, thread = self.c, self.thread
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
@@ -319,6 +383,10 @@ class GroupedGemm:
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
         self.k_sub, self.row_group = let(self.warpgroup % c.ks), let(self.warpgroup // c.ks)
+
+    def _place_rows(self) -> None:
+        """Where this thread's rows and their scales are in a stage."""
+        c = self.c
         # [mi][r]: fragment rows of this thread, the same in every tile
         self.rows = [[let(self.p.fragment_row(self, mi, r)) for r in range(2)] for mi in range(c.mi)]
         # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 4 rows, so only the
@@ -330,9 +398,9 @@ class GroupedGemm:
             let(row * self.pitch_of_scales + skew + self.k_sub * per_warpgroup + self.quad * (c.scale_bytes // 4))
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
-        self.turn = scalar("int32", T.int32(0))
-        self.previous = scalar("int32", T.int32(self.stages))
-        self.scheduler.follow()
+
+    def _multiply_tiles(self) -> None:
+        c = self.c
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
             state = self.p.begin_tile(self, tile) if self.is_state_early else None
@@ -365,6 +433,11 @@ class GroupedGemm:
     def _skew(self, r: int):
         start = self.p.scales + cast(self.p.row_modulo_4(self, r) * self.scale_row_bytes, "int64")
         return cast(start & T.int64(3), "int32")
+
+    @property
+    def out_columns(self) -> int:
+        """Of a warpgroup."""
+        return self.c.mi * 32 * self.p.matrices
 
     def fragment(self, mi: int):
         """Number of this warpgroup's 64-row fragment in the tile."""

@@ -16,18 +16,18 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, sc
 class Gemm2:
     """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
 
-    name = "gemm2"
     operand_scales = "z_scale"  # slice of an fp8 operand's scale bytes, on Hopper
     number = 1  # of the GEMM
     knows_tiles = True  # and so loads weights while gemm1 is still running
     matrices = 2  # 8-column output matrices of a warp's 16 fragment rows
 
-    def __init__(self, a):
+    def __init__(self, a, is_short: bool = False):
         self.a = a
+        self.name = "gemm2_short" if is_short else "gemm2"
         self.k, self.padded_k, self.operand = a.intermediate_size, padded(a.intermediate_size), a.ws["z"]
         self.weights, self.scales = a.gemm2_weights, a.gemm2_weights_scale
         self.rows_per_expert = a.hidden_size
-        self.out, self.out_width = a.result("gemm2_output"), a.hidden_size
+        self.out, self.out_width = a.result("gemm2_output"), a.output_pitch
 
     def num_row_blocks(self, c: GemmConfig):
         return (self.rows_per_expert + c.rows - 1) // c.rows
@@ -84,6 +84,6 @@ class Gemm2:
         return column < cast(self.rows_per_expert, "int32")
 
 
-def gemm2(a, config: GemmConfig) -> None:
-    """Emit the kernel."""
-    GroupedGemm(a, config, Gemm2(a)).emit()
+def gemm2(a, config: GemmConfig, is_short: bool = False) -> None:
+    """Emit the kernel; ``is_short``: that of few columns, beside the other."""
+    GroupedGemm(a, config, Gemm2(a, is_short)).emit()

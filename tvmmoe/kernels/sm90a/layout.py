@@ -43,7 +43,7 @@ def slices(
     """Slices of the workspace and its size in bytes.
 
     Takes ints, or TensorIR expressions with ``minimum=T.min``. ``x`` (operand of gemm1) and ``gemm2_output`` share
-    memory: the first is dead when the second is written.
+    memory: the first is dead when the second is written; in gemm_pair that of a tile, whose rows are as far apart in both.
     """
     pairs = num_tokens * top_k
     num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)

@@ -4,6 +4,7 @@
     route -> [count] -> scatter -> gather -> gemm1 -> [requantize] -> gemm2 -> [finalize]
     route -> arrange ---------------------^    for up to 2048 (token, slot) pairs
     prologue -----------------------------^    for a few tokens
+    prologue -> gemm1 and gemm2 as one kernel (gemm_pair) -> [finalize]    for a token or two
 
 The calling convention is ``tvmmoe.abi``. The host function encodes the tensor maps, picks kernels by host values
 (activation format, gated or not, one chunk of pairs or more) and launches: no allocation, no synchronisation, no read
@@ -28,7 +29,8 @@ from tvmmoe.kernels.sm90a.gather import gather
 from tvmmoe.kernels.sm90a.gemm1 import gemm1
 from tvmmoe.kernels.sm90a.gemm2 import gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
-from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
+from tvmmoe.kernels.sm90a.gemm_pair import gemm_pair, is_served
+from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, padded, slices
 from tvmmoe.kernels.sm90a.requantize import requantize
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
@@ -46,10 +48,12 @@ class Variant:
 
     gemm1: GemmConfig
     gemm2: GemmConfig
+    gemm2_short: GemmConfig | None = None  # for I up to SHORT_K, if another serves those
 
     def __post_init__(self) -> None:
+        others = [c for c in (self.gemm2, self.gemm2_short) if c is not None]
         same = ("weight_format", "tile_m")
-        assert all(getattr(self.gemm1, name) == getattr(self.gemm2, name) for name in same), self
+        assert all(getattr(self.gemm1, name) == getattr(c, name) for name in same for c in others), self
 
     @property
     def tile_m(self) -> int:
@@ -73,6 +77,21 @@ TILES = {
     8: (1, 4, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 2, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
     256: (1, 1, 2, 1, 2),
 }  # fmt: skip
+# Whether a build takes in what has not passed the gpu suite yet: gemm_pair, SHORT_TILES and host.launched_by_driver.
+PENDING = False
+# gemm2 over at most SHORT_K columns, where a stage of four K blocks, or its last one, is mostly empty.
+SHORT_TILES = {8: (2, 2, 2, 2, 1), 16: (1, 1, 4, 2, 1)}
+SHORT_K = 1024
+
+
+def short_tiles() -> dict[int, tuple[int, ...]]:
+    """SHORT_TILES, if they are built."""
+    return SHORT_TILES if PENDING else {}
+
+
+def hand_chosen(weight_format: WeightFormat, tile_m: int, is_short: bool = False) -> GemmConfig:
+    """Configuration of a GEMM for tiles of ``tile_m`` tokens; ``is_short``: of gemm2 over at most SHORT_K columns."""
+    return GemmConfig(weight_format, tile_m, *(TILES | short_tiles() if is_short else TILES)[tile_m])
 
 
 class Arguments:
@@ -83,6 +102,7 @@ class Arguments:
         for name in (*abi.POINTERS, *abi.INTS):
             setattr(self, name, I.arg(name, I.int64()))
         self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
+        self.output_pitch = self.hidden_size  # from row to row of gemm2_output
         self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
         pieces, _ = slices(self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size,
                            self.local_num_experts, tile_m, T.min)  # fmt: skip
@@ -103,22 +123,32 @@ def _activation_formats(weight_format: WeightFormat) -> tuple[ActivationFormat, 
 
 def operator(variant: Variant) -> tvm.tirx.PrimFunc:
     """The host function of one variant."""
-    return packed_function(variant, LAUNCH_PARAMS, gemm1, gemm2)
+    return packed_function(variant, LAUNCH_PARAMS, gemm1, gemm2, gemm_pair if PENDING else None)
 
 
-def packed_function(variant: Variant, launch_params: list[str], gemm1: Callable, gemm2: Callable) -> tvm.tirx.PrimFunc:
-    """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them."""
+def packed_function(
+    variant: Variant, launch_params: list[str], gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None = None
+) -> tvm.tirx.PrimFunc:
+    """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them,
+    ``gemm_pair(a, config)`` both at once for what gemm_pair.is_served says."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(variant.symbol)
             I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": launch_params})
             a = Arguments(variant.tile_m)
+            has_few = variant.tile_m == min(TILES)  # other tiles hardly meet so few tokens
+            if has_few and gemm_pair is not None:
+                # The workspace's rows begin where those of x do, so a tile overwrites its own x, which nobody reads any more.
+                a.output_pitch = T.Select(a.gemm2_output == 0, padded(a.hidden_size), a.hidden_size)
+                a.ws["z_blocks"] = a.ws["chunk_counts"]  # otherwise of many pairs; of few tokens each expert has one tile
             with if_(a.num_tokens > 0):
-                _launch_all(a, variant, gemm1, gemm2)
+                _launch_all(a, variant, gemm1, gemm2, gemm_pair, has_few)
     return builder.get()
 
 
-def _launch_all(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable) -> None:
+def _launch_all(
+    a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None, has_few: bool
+) -> None:
     formats = _activation_formats(variant.gemm1.weight_format)
 
     def by_format(emit):
@@ -137,17 +167,28 @@ def _launch_all(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable
         arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
         if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
 
-    if variant.tile_m == min(TILES):  # other tiles hardly meet so few tokens
+    if has_few:
         if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), by_stages)
     else:
         by_stages()
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
+    apart = functools.partial(_launch_gemms, a, variant, gemm1, gemm2, is_gated)
+    if has_few and gemm_pair is not None:
+        if_else(is_served(a, is_gated), lambda: gemm_pair(a, variant.gemm1), apart)
+    else:
+        apart()
+    with if_(a.do_finalize != 0):
+        finalize(a, knows_rows=True)
+
+
+def _launch_gemms(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable, is_gated) -> None:
+    """One after the other."""
     if_else(
         is_gated,
         lambda: gemm1(a, variant.gemm1, True),
         lambda: gemm1(a, variant.ungated_gemm1, False),
     )
-    quantized = formats[1]
+    quantized = _activation_formats(variant.gemm1.weight_format)[1]
     with if_(a.activation_format == int(quantized)):
         if quantized == ActivationFormat.mxfp8:
             requantize(a, quantized, False, variant.tile_m)
@@ -157,6 +198,8 @@ def _launch_all(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable
                 lambda: requantize(a, quantized, True, variant.tile_m),
                 lambda: requantize(a, quantized, False, variant.tile_m),
             )
-    gemm2(a, variant.gemm2)
-    with if_(a.do_finalize != 0):
-        finalize(a, knows_rows=True)
+    if variant.gemm2_short is None:
+        gemm2(a, variant.gemm2)
+    else:
+        is_short = a.intermediate_size <= SHORT_K
+        if_else(is_short, lambda: gemm2(a, variant.gemm2_short, True), lambda: gemm2(a, variant.gemm2))

@@ -39,6 +39,7 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 MAX_TOKENS = 16  # of prologue: two a warp
+FEW_TOKENS = 2  # of gemm_pair
 MAX_PAIRS = 2048  # of arrange
 COLUMNS = THREADS * 8
 
@@ -59,6 +60,7 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
         router, placement = Router(a, smem, MAX_TOKENS), Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
+        placement.clears_z_blocks = "z_blocks" in a.ws
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
         token = let(thread.cta // cast(segments, "int32"))  # num_tokens for the CTA that writes ids and weights
@@ -121,6 +123,7 @@ class Placement:
 
     def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int):
         self.a, self.thread, self.tile_m = a, thread, tile_m
+        self.clears_z_blocks = False
         self._experts = smem.alloc(max_pairs, "int32", 128)  # local; -1: another rank's
         self._counts = smem.alloc(MAX_EXPERTS, "int32", 128)  # pairs of every local expert
         self._rows = smem.alloc(MAX_TOP_K, "int32", 128)
@@ -193,3 +196,6 @@ class Placement:
                 store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), expert)
                 live = let(T.min(rows - rank, share))
                 store_to("int32", address(a.ws["tile_rows"], cast(tile, "int64") * 4), live)
+                if self.clears_z_blocks:
+                    with if_(a.num_tokens <= FEW_TOKENS):
+                        store_to("int32", address(a.ws["z_blocks"], cast(tile, "int64") * 4), T.int32(0))

@@ -226,6 +226,12 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
 }  // namespace sim
 """
 
+_HOST = r"""
+template <auto kernel, class... A> int tvmmoe_launch(const cudaLaunchConfig_t* c, A... args) {
+  return cudaLaunchKernelEx(c, kernel, args...);
+}
+"""
+
 _INSTRUCTIONS = r"""
 struct half { uint16_t bits; };
 using __half = half;
@@ -233,6 +239,7 @@ namespace ptx {
 inline void setmaxnreg_inc_sync_aligned_u32(int) {}
 inline void setmaxnreg_dec_sync_aligned_u32(int) {}
 inline void fence_proxy_async_shared_cta() {}
+inline void fence_proxy_async_global() {}
 inline void fence_mbarrier_init_release_cluster() {}
 inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() {}
@@ -240,6 +247,12 @@ inline void wgmma_wait_group_sync_aligned(int) {}
 inline void prefetch_tensormap(const void*) {}
 inline void atom_relaxed_gpu_global_add_u32(uint32_t& d, const void* p, uint32_t value) {
   d = __atomic_fetch_add(static_cast<uint32_t*>(const_cast<void*>(p)), value, __ATOMIC_RELAXED);
+}
+// Asked again and again until someone has written it, who must be let on.
+inline void ld_acquire_gpu_global_b32(int32_t& d, const void* p) { sim::yield(), d = at<int32_t>(p); }
+inline void red_release_gpu_global_add_u32(const void* p, uint32_t value) {
+  at<uint32_t>(const_cast<void*>(p)) += value;
+  ++sim::progress;
 }
 inline void bar_sync(int id, int count) { sim::sync(sim::named(id), count); }
 inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::sync(sim::named(id), count); }
@@ -389,5 +402,5 @@ def host_source(cuda: str, early: bool = False) -> str:
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
-             _INSTRUCTIONS, kernels, base._HOST)  # fmt: skip
+             _INSTRUCTIONS, kernels, base._HOST, _HOST)  # fmt: skip
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host

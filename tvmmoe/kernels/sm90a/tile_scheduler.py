@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tile a persistent CTA of a grouped GEMM computes next.
 
-The first one has the CTA's number. Each next one the TMA warp claims from a counter in the workspace while the last stages of
-one are loaded, looks it up and announces it to the other roles by a ring in shared memory. SMs differ in speed by several
-percent, so tiles that were dealt out beforehand end that far apart; and what consumers look up themselves, they wait for (5 %
-where tiles are short). In a cluster the first CTA's TMA warp does so for all of them.
+The first one has the CTA's number (but in PairScheduler). Each next one the TMA warp claims from a counter in the workspace
+while the last stages of one are loaded, looks it up and announces it to the other roles by a ring in shared memory. SMs
+differ in speed by several percent, so tiles that were dealt out beforehand end that far apart; and what consumers look up
+themselves, they wait for (5 % where tiles are short). In a cluster the first CTA's TMA warp does so for all of them.
 
 The kernel that writes the tile list clears the counters. Which CTA computes a tile changes nothing about its result.
 """
@@ -55,6 +55,7 @@ class TileScheduler:
 
     def __init__(self, a, config: GemmConfig, number: int):
         self.a, self.c, self.number, self.num_ctas = a, config, number, NUM_CTAS
+        self.num_given = NUM_CTAS // config.cluster  # items that need no claim
 
     def allocate(self, smem: Smem, thread) -> None:
         """Shared memory; the CTA synchronises after :meth:`initialize`."""
@@ -70,11 +71,18 @@ class TileScheduler:
         """Count what is there to do: each tile of tokens has ``row_blocks`` (host expression) items for a cluster."""
         self.row_blocks = let(row_blocks)
         if is_list_fresh:  # into L1, while the count is on its way
-            offset = let(cast(self.thread.cta // self.c.cluster // self.row_blocks, "int64") * 4)
+            offset = let(cast(self._first_tile(), "int64") * 4)
             for name in ("tile_expert", "tile_rows"):
                 load("int32", address(self.a.ws[name], offset))
-        self.num_items = let(load("int32", address(self.a.ws["num_tiles"]), PAST_L1) * self.row_blocks)
+        self.num_items = let(self._num_tiles() * self.row_blocks)
         self.rank = let(self.thread.cta % self.c.cluster)  # in the cluster
+
+    def _num_tiles(self):
+        return load("int32", address(self.a.ws["num_tiles"]), PAST_L1)
+
+    def _first_tile(self):
+        """Tile of tokens that the CTA begins with."""
+        return self.thread.cta // self.c.cluster // self.row_blocks
 
     def _begin_role(self) -> None:
         """Registers of one role: what all of them shared would not stay in uniform ones."""
@@ -121,7 +129,7 @@ class TileScheduler:
         with if_(T.And(is_issuer, self.rank == 0) if self.c.cluster > 1 else is_issuer):
             before = scalar("uint32")
             ptx["atom.relaxed.gpu.global.add.u32"](before, _counter(self.a, self.number), u32(1))
-            assign(self.claimed, cast(before, "int32") + self.num_ctas // self.c.cluster)
+            assign(self.claimed, cast(before, "int32") + self.num_given)
 
     def announce(self, is_issuer, space: str = "global") -> None:
         """Advance to the claimed tile, and tell everyone."""
@@ -149,13 +157,18 @@ class TileScheduler:
         index = let(shuffle(self.claimed, T.int32(0)) if self.c.is_issued_by_warp else self.claimed)
 
         def find() -> None:
-            assign(self.tile.token_tile, index // self.row_blocks)
-            assign(self.tile.row_block, index % self.row_blocks * self.c.cluster)
+            item, row_blocks = self._item(index)
+            assign(self.tile.token_tile, item // row_blocks)
+            assign(self.tile.row_block, item % row_blocks * self.c.cluster)
             offset = let(cast(self.tile.token_tile, "int64") * 4)
             assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
             assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
 
         if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+
+    def _item(self, index):
+        """Number of what was claimed among those of its GEMM, and that one's row blocks."""
+        return index, self.row_blocks
 
     def _place(self):
         """Words of ``tile``, where they go in the ring and the barrier of that slot."""
@@ -178,6 +191,59 @@ class TileScheduler:
         words, ring, barrier = self._place()
         there = isa.in_cluster(ring, cta), isa.in_cluster(barrier, cta)
         ptx["st_async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32"](there[0], *words, there[1])
+
+
+class PairScheduler(TileScheduler):
+    """Tiles of both GEMMs in one kernel: the second's come after the first's.
+
+    Even the first one is claimed: CTAs wait for tiles of the first GEMM, so none may belong to a CTA that does not run yet.
+    """
+
+    wants_first = True  # while tracing: of which GEMM
+
+    def __init__(self, a, config: GemmConfig, number: int):
+        super().__init__(a, config, number)
+        self.num_given = 0
+
+    def begin_pair(self, row_blocks, second_row_blocks) -> None:
+        """As :meth:`begin`, for a list that the kernel before this one wrote."""
+        self.begin(row_blocks, is_list_fresh=True)  # of few tiles: one line
+        self.second_row_blocks, self.num_of_first = let(second_row_blocks), self.num_items
+        self.num_items = let(self.num_of_first + self._num_tiles() * self.second_row_blocks)
+
+    def _first_tile(self):
+        return T.int32(0)
+
+    def _begin_role(self) -> None:
+        super()._begin_role()
+        self.is_second = scalar("int32", T.int32(0))
+
+    def lead(self, is_issuer, space: str) -> None:
+        self._begin_role()
+        self.claimed = scalar("int32", T.int32(0))
+        self.claim(is_issuer)
+        self.announce(is_issuer, space)
+
+    @property
+    def is_left(self):
+        is_wanted = super().is_left
+        return T.And(is_wanted, self.is_second == 0) if self.wants_first else is_wanted
+
+    def _item(self, index):
+        assign(self.is_second, cast(index >= self.num_of_first, "int32"))
+        is_second = self.is_second != 0
+        item = let(T.Select(is_second, index - self.num_of_first, index))
+        return item, let(T.Select(is_second, self.second_row_blocks, self.row_blocks))
+
+    def _place(self):
+        words, ring, barrier = super()._place()
+        words[-1] = let(words[-1] | cast(self.is_second << 16, "uint32"))  # above the number of live tokens
+        return words, ring, barrier
+
+    def read_again(self) -> None:
+        super().read_again()
+        assign(self.is_second, self.tile.num_rows >> 16 & 1)
+        assign(self.tile.num_rows, self.tile.num_rows & 0xFFFF)
 
 
 def _counter(a, number: int):
