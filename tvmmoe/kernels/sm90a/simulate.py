@@ -12,6 +12,7 @@ buffer that is overwritten too soon in the other. wgmma happens when it is issue
 
 import re
 
+from tvmmoe.kernels.sm90a import races
 from tvmmoe.kernels.sm120a import simulate as base
 
 _RUNTIME = r"""
@@ -63,18 +64,19 @@ inline Mbarrier& mbarrier_of(int rank, uint32_t at) {
   return found->second;
 }
 inline Mbarrier& mbarrier(uint32_t at) { return mbarrier_of(self->rank, at); }
-inline void settle(Mbarrier& b) {
+inline void settle(uint64_t at) {
+  Mbarrier& b = mbarriers[at];
   if (b.pending < 0 || (b.pending == 0 && b.bytes < 0)) fprintf(stderr, "simulate: mbarrier overrun\n"), abort();
-  if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.count;
+  if (b.pending == 0 && b.bytes == 0) race::complete(at, b.phase), b.phase ^= 1, b.pending = b.count;
   ++progress;
 }
 inline void arrive(uint32_t at, int count, int rank) {
-  Mbarrier& b = mbarrier_of(rank, at);
-  b.pending -= count;
-  settle(b);
+  mbarrier_of(rank, at).pending -= count;
+  race::release(key(rank, at));
+  settle(key(rank, at));
 }
 inline void arrive(uint32_t at, int count) { arrive(at, count, self->rank); }
-inline void sync(Barrier& barrier, int count) { wait(barrier, count); }
+inline void meet(Barrier& b, int count) { race::meet(&b, b.generation, [&] { wait(b, count); }); }
 template <int rank>
 void tma_to(int cta, uint32_t to, const void* tensor_map, const int (&at)[rank], uint32_t barrier) {
   const CUtensorMap map = *(const CUtensorMap*)tensor_map;
@@ -82,10 +84,11 @@ void tma_to(int cta, uint32_t to, const void* tensor_map, const int (&at)[rank],
   int start[rank];
   for (int i = 0; i < rank; ++i) start[i] = i ? at[i] : at[i] * map.element;
   std::vector<int> place(start, start + rank);
+  uint32_t bytes = map.box[0];
+  for (int i = 1; i < rank; ++i) bytes *= map.box[i];
+  const auto when = race::copy(cta, to, bytes);
   auto copy = [=] {
-    uint32_t rows = 1;
-    for (int i = 1; i < rank; ++i) rows *= map.box[i];
-    for (uint32_t row = 0; row < rows; ++row) {
+    for (uint32_t row = 0; row < bytes / map.box[0]; ++row) {
       const char* from = map.data;
       bool inside = true;
       uint32_t rest = row;
@@ -102,10 +105,9 @@ void tma_to(int cta, uint32_t to, const void* tensor_map, const int (&at)[rank],
         shared_of(cta)[offset] = inside && index >= 0 && index < int64_t(map.dims[0]) ? from[index] : 0;
       }
     }
-    Mbarrier& b = mbarrier_of(cta, barrier);
-    uint32_t bytes = map.box[0] * rows;
-    b.bytes -= bytes;
-    settle(b);
+    mbarrier_of(cta, barrier).bytes -= bytes;
+    race::copied(key(cta, barrier), when);
+    settle(key(cta, barrier));
   };
   if (SIM_EARLY) copy(); else mbarrier_of(cta, barrier).copies.push_back(copy);
 }
@@ -124,6 +126,7 @@ inline void wait_for(uint32_t at, unsigned parity) {
     }
     yield();
   }
+  race::acquire(key(self->rank, at), parity);
   ++progress;
 }
 inline float e4m3(uint32_t byte) {
@@ -197,7 +200,9 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
   const unsigned id = self->thread.x % 32;
   memcpy(self->words, a, sizeof(a));
   Barrier& barrier = named(1000 + self->thread.x / 128);
-  sync(barrier, 128);
+  race::enter_warp();
+  wait(barrier, 128);
+  race::leave_warp();
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fprintf(stderr, "simulate: wgmma swizzle\n"), abort();
   float rows[2][depth];
@@ -214,6 +219,7 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
         uint32_t offset = start + i * stride + token * 128 + 4 * word, value;
         offset ^= (offset >> 7 & 7) << 4;
         memcpy(&value, shared() + offset, 4);
+        if (id < 4) race::wgmma_read(offset);  // four lanes have all tokens
         for (int k = 0; k < per_word; ++k) column[word * per_word + k] = element<bits>(value, k);
       }
       for (int r = 0; r < 2; ++r) {
@@ -221,9 +227,11 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
         sum = dot(rows[r], column, accumulate ? sum : 0);
       }
     }
-  sync(barrier, 128);
+  wait(barrier, 128);
 }
 }  // namespace sim
+inline void meet_in_cta() { sim::meet(sim::ctas[sim::self->rank], sim::num_threads); }
+#define __syncthreads() meet_in_cta()
 """
 
 _HOST = r"""
@@ -242,8 +250,13 @@ inline void fence_proxy_async_shared_cta() {}
 inline void fence_proxy_async_global() {}
 inline void fence_mbarrier_init_release_cluster() {}
 inline void wgmma_fence_sync_aligned() {}
-inline void wgmma_commit_group_sync_aligned() {}
-inline void wgmma_wait_group_sync_aligned(int) {}
+inline void wgmma_commit_group_sync_aligned() { race::commit(); }
+inline void wgmma_wait_group_sync_aligned(int left) {
+  race::enter_warp();
+  sim::warp_sync();
+  race::leave_warp();
+  race::retire(left);
+}
 inline void prefetch_tensormap(const void*) {}
 inline void atom_relaxed_gpu_global_add_u32(uint32_t& d, const void* p, uint32_t value) {
   d = __atomic_fetch_add(static_cast<uint32_t*>(const_cast<void*>(p)), value, __ATOMIC_RELAXED);
@@ -254,8 +267,8 @@ inline void red_release_gpu_global_add_u32(const void* p, uint32_t value) {
   at<uint32_t>(const_cast<void*>(p)) += value;
   ++sim::progress;
 }
-inline void bar_sync(int id, int count) { sim::sync(sim::named(id), count); }
-inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::sync(sim::named(id), count); }
+inline void bar_sync(int id, int count) { sim::meet(sim::named(id), count); }
+inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::meet(sim::named(id), count); }
 inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
   sim::mbarriers[sim::key(sim::self->rank, at)] = {int(count), int(count)};
 }
@@ -267,8 +280,9 @@ inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_b32(
   const uint32_t words[4] = {a, b, c, d};
   const int rank = int(to >> 24) - 1;
   memcpy(sim::shared_of(rank) + (to & 0xffffff), words, sizeof(words));
-  sim::Mbarrier& there = sim::mbarrier_of(rank, barrier & 0xffffff);
-  there.bytes -= sizeof(words);
+  const uint64_t there = sim::key(rank, barrier & 0xffffff);
+  sim::mbarrier_of(rank, barrier & 0xffffff).bytes -= sizeof(words);
+  race::copied(there, race::copy(rank, to & 0xffffff, sizeof(words)));
   sim::settle(there);
 }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
@@ -322,7 +336,10 @@ inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(
 template <size_t n> void stmatrix_transposed(uint32_t p, const uint32_t (&words)[n]) {
   if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();
   sim::self->words[0] = p;
+  race::enter_warp();
   sim::warp_sync();
+  race::leave_warp();
+  for (int i = 0; i < 8 * int(n) && race::is_leader(); ++i) race::write(sim::lane(i).words[0], 16);
   const int lane = sim::self->thread.x % 32;
   for (int m = 0; m < int(n); ++m)
     for (int h = 0; h < 2; ++h)  // element (row lane / 4, column 2 (lane % 4) + h) goes to row and column exchanged
@@ -367,7 +384,7 @@ def _body(name: str) -> str | None:
     if name == "tvm_builtin_cuda_mbarrier_wait":
         return "{ sim::wait_for(__cvta_generic_to_shared(barrier), phase); }"
     if name == "tvm_builtin_cuda_cluster_sync":
-        return "{ sim::sync(sim::cluster, sim::num_threads * sim::num_ctas); }"
+        return "{ sim::meet(sim::cluster, sim::num_threads * sim::num_ctas); }"
     if name == "tvm_builtin_cluster_ctaid_x":
         return "{ return sim::self->rank; }"
     if name == "tvm_builtin_ptx_cvt_f32_f16_f32_f16":
@@ -381,8 +398,8 @@ def _body(name: str) -> str | None:
     return None
 
 
-def host_source(cuda: str, early: bool = False) -> str:
-    """Host C++ of what ``build.cuda_source`` returned."""
+def host_source(cuda: str, early: bool = False, is_watched: bool = False) -> str:
+    """Host C++ of what ``build.cuda_source`` returned; ``is_watched``: it counts races (races.py)."""
     kernels, host = cuda[cuda.index("#ifdef __CUDACC_RTC__") :].split("#include <tvm/ffi/c_api.h>", 1)
     # With what is only for half arithmetic, which these kernels have none of.
     kernels = re.sub(r"#if [^\n]*\n#include <cuda_fp16\.h>.*?(?=#include <math_constants\.h>)", "", kernels, flags=re.S)
@@ -401,6 +418,8 @@ def host_source(cuda: str, early: bool = False) -> str:
     )
     host = re.sub(r"#include <(cuda|cuda_runtime|tvm/ffi/extra/cuda/device_guard)\.h>", "", host)
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
-    parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, _RUNTIME, base._INSTRUCTIONS.split("\nstruct AllLanes")[0],
-             _INSTRUCTIONS, kernels, base._HOST, _HOST)  # fmt: skip
+    instructions = base._INSTRUCTIONS.split("\nstruct AllLanes")[0] + "\n" + _INSTRUCTIONS
+    watch = races.WATCH if is_watched else races.IGNORE
+    parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, watch, _RUNTIME,
+             races.watched(instructions) if is_watched else instructions, kernels, base._HOST, _HOST)  # fmt: skip
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared memory of the Hopper kernels: no two accesses that nothing orders, by vector clocks on the CPU (sm90a/races.py); and
+what is broken on purpose is found."""
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_sm90a import MX, NV, SMALL, call
+
+from tvmmoe.config import WeightFormat
+from tvmmoe.reference import moe_ref
+from tvmmoe.testing import Case, make_case, rel_l2
+
+tvm_ffi = pytest.importorskip("tvm_ffi")
+pytest.importorskip("tvm")
+from tvmmoe.kernels.sm90a import build, gemm, operator, simulate, tile_scheduler  # noqa: E402
+from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
+
+# (weight format, tile, tokens, not shipped yet): some tiles a CTA, whose numbers of K blocks are no multiple of a stage's.
+KERNELS = {
+    "m8": (MX, 8, 40, False), "m8_nvfp4": (NV, 8, 24, False), "m16": (NV, 16, 40, False), "m32": (MX, 32, 60, False),
+    "m64": (MX, 64, 100, False), "m96": (NV, 96, 150, False), "m256_cluster": (MX, 256, 300, False),
+    "pair": (MX, 8, 2, True), "pair_nvfp4": (NV, 8, 1, True), "m8_short": (MX, 8, 40, True), "m16_short": (MX, 16, 40, True),
+}  # fmt: skip
+SIZES = dict(hidden_size=544, intermediate_size=416, has_gemm1_bias=True)
+
+
+def source_of(weight_format: WeightFormat, tile_m: int, is_pending: bool) -> tuple[str, str]:
+    """Symbol and CUDA C++ of one variant on few CTAs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_scheduler, "NUM_CTAS", 4)
+        patch.setattr(operator, "PENDING", is_pending)
+        (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
+        return variant.symbol, build.cuda_source([variant])
+
+
+def races(
+    symbol: str, source: str, weight_format: WeightFormat, tile_m: int, num_tokens: int, path: Path
+) -> tuple[int, float]:
+    """Races of one call, and how wrong its result is."""
+    compile_so(simulate.host_source(source, early=True, is_watched=True), path)
+    counters = ctypes.CDLL(str(path))
+    case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=num_tokens) | SIZES)
+    kwargs = make_case(case)
+    output, _ = call(case, kwargs, tile_m, do_finalize=True, function=tvm_ffi.load_module(str(path))[symbol])
+    counters.tvmmoe_races.restype = counters.tvmmoe_checks.restype = ctypes.c_long
+    assert counters.tvmmoe_checks() > 100_000
+    return counters.tvmmoe_races(), rel_l2(output, moe_ref(**kwargs)[0])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_have_no_races(name, tmp_path):
+    weight_format, tile_m, num_tokens, is_pending = KERNELS[name]
+    symbol, source = source_of(weight_format, tile_m, is_pending)
+    count, error = races(symbol, source, weight_format, tile_m, num_tokens, tmp_path / "watched.so")
+    assert count == 0 and error < 1e-3
+
+
+def without(pattern: str) -> Callable[[str], str]:
+    """Removes the calls that match."""
+
+    def change(source: str) -> str:
+        source, count = re.subn(pattern, "", source)
+        assert count
+        return source
+
+    return change
+
+
+def late(source: str) -> str:
+    """A stage is released while the tensor core may still read its tokens."""
+    source, count = re.subn(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 3;", source)
+    assert count
+    return source
+
+
+BROKEN = {
+    "sums_are_read_at_once": ("m8", without(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")),
+    "sums_of_two_warpgroups": ("m16", without(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")),
+    "stages_are_released_early": ("m8", late),
+    "released_early_by_the_pair": ("pair", late),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_races_are_found(name, tmp_path):
+    kernel, change = BROKEN[name]
+    weight_format, tile_m, num_tokens, is_pending = KERNELS[kernel]
+    symbol, source = source_of(weight_format, tile_m, is_pending)
+    assert races(symbol, change(source), weight_format, tile_m, num_tokens, tmp_path / "watched.so")[0] > 0
+
+
+def test_results_are_stored_before_others_take_their_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(gemm.GroupedGemm, "_warpgroup_sync", lambda self: None)
+    symbol, source = source_of(MX, 8, False)
+    assert races(symbol, source, MX, 8, 40, tmp_path / "watched.so")[0] > 0

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Races in shared memory, found while a Hopper operator runs on the CPU (simulate.py): what must have happened before each
+access, and by which barrier.
+
+Every thread has a vector clock, and so has what copies in its name: one more actor stands for TMA and st.async. A word
+knows its last writer and who has read it since.
+
+    release, acquire   arrivals at an mbarrier and the wait for its phase; CTA, cluster and named barriers
+    TMA, st.async      write when they are issued (so all readers must have let go) and are seen by who waits for the mbarrier
+    cp.async           writes of its thread, which its mbarrier's arrival releases
+    wgmma              reads tokens from its issue to the wait_group that retires its group
+    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix
+
+Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
+simulation made them. Races between lanes of a warp are only found where the lanes do not meet in between; accesses to
+global memory are not watched.
+"""
+
+import re
+
+WATCH = r"""
+#include <array>
+#include <map>
+namespace race {
+using Clock = std::vector<uint32_t>;
+constexpr uint32_t kPending = ~0u;  // a read that has not retired
+struct Reader { int who; uint32_t when; };
+struct Word { int writer = -1; uint32_t when = 0; std::vector<Reader> readers; };
+struct Meeting { std::array<Clock, 2> clocks; std::array<int, 2> generations{-1, -1}; };
+inline std::vector<Clock> clocks, warp_clocks;
+inline std::vector<Word> words;
+inline size_t words_per_cta;
+inline std::map<const void*, Meeting> meetings;
+struct Phases { Clock pending; std::array<Clock, 2> done; };
+inline std::map<uint64_t, Phases> phases;
+struct Group { std::vector<size_t> words; };
+inline std::map<int, std::vector<Group>> groups;  // of wgmma, by thread; the last one is still open
+inline uint32_t engine_time;
+inline long count, num_checks;
+inline int me() { return int(sim::self - sim::fibers.data()); }
+inline int engine() { return int(sim::fibers.size()); }
+inline void join(Clock& to, const Clock& from) {
+  if (to.size() < from.size()) to.resize(from.size());
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+}
+inline void begin() {
+  const size_t total = sim::fibers.size() + 1;
+  clocks.assign(sim::fibers.size(), Clock(total));
+  for (size_t i = 0; i < clocks.size(); ++i) clocks[i][i] = 1;
+  warp_clocks.assign(sim::fibers.size() / 32 + 1, Clock(total));
+  words_per_cta = sim::smem_stride / 4;
+  words.assign(words_per_cta * sim::num_ctas, {});
+  meetings.clear(), phases.clear(), groups.clear();
+  engine_time = 0;
+}
+inline bool installed = (sim::on_begin = begin, true);
+inline void report(const char* what, size_t word, int other) {
+  if (++count <= 5)
+    fprintf(stderr, "race: %s word %zu: thread %d and %d\n", what, word, me(), other);
+}
+inline size_t word_of(int rank, uint32_t at) { return rank * words_per_cta + at / 4; }
+inline void read_word(size_t index, const Clock& clock, int who, uint32_t when) {
+  Word& w = words[index];
+  ++num_checks;
+  if (w.writer >= 0 && w.writer != who && clock[w.writer] < w.when)
+    report("read of a write not waited for,", index, w.writer);
+  for (Reader& r : w.readers)
+    if (r.who == who) { r.when = when; return; }
+  w.readers.push_back({who, when});
+}
+inline void write_word(size_t index, const Clock& clock, int who, uint32_t when) {
+  Word& w = words[index];
+  ++num_checks;
+  if (w.writer >= 0 && (w.writer != who || who == engine()) && clock[w.writer] < w.when)
+    report("two writes of", index, w.writer);
+  for (const Reader& r : w.readers)
+    if (r.when == kPending || (r.who != who && clock[r.who] < r.when)) report("write under a read of", index, r.who);
+  w.writer = who, w.when = when, w.readers.clear();
+}
+inline void read(uint32_t at, int bytes) {
+  const int who = me();
+  for (uint32_t b = at / 4 * 4; b < at + bytes; b += 4)
+    read_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who]);
+}
+inline void write(uint32_t at, int bytes) {
+  const int who = me();
+  for (uint32_t b = at / 4 * 4; b < at + bytes; b += 4)
+    write_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who]);
+}
+inline uint32_t copy(int rank, uint32_t at, uint32_t bytes) {  // by the engine, in this thread's name; returns its time
+  ++engine_time;
+  for (uint32_t b = at; b < at + bytes; b += 4) write_word(word_of(rank, b), clocks[me()], engine(), engine_time);
+  return engine_time;
+}
+inline void copied(uint64_t barrier, uint32_t when) {
+  Clock& pending = phases[barrier].pending;
+  pending.resize(sim::fibers.size() + 1);
+  pending[engine()] = std::max(pending[engine()], when);
+}
+inline void release(uint64_t barrier) {
+  join(phases[barrier].pending, clocks[me()]);
+  ++clocks[me()][me()];
+}
+inline void complete(uint64_t barrier, unsigned phase) {
+  Phases& p = phases[barrier];
+  p.done[phase & 1] = std::move(p.pending);
+  p.pending.clear();
+}
+inline void acquire(uint64_t barrier, unsigned phase) { join(clocks[me()], phases[barrier].done[phase & 1]); }
+template <class Wait> void meet(const void* at, int generation, Wait wait) {
+  Meeting& m = meetings[at];
+  const int slot = generation & 1;
+  if (m.generations[slot] != generation) m.generations[slot] = generation, m.clocks[slot].clear();
+  join(m.clocks[slot], clocks[me()]);
+  ++clocks[me()][me()];
+  wait();
+  join(clocks[me()], meetings[at].clocks[slot]);
+}
+inline Clock& warp_clock() { return warp_clocks[me() / 32]; }
+inline void enter_warp() { join(warp_clock(), clocks[me()]); }
+inline void leave_warp() { join(clocks[me()], warp_clock()); }
+inline bool is_leader() { return me() % 32 == 0; }
+inline void wgmma_read(uint32_t at) {  // 4 bytes, by the warp's first lane, until the group retires
+  const int who = me() / 32 * 32;
+  const size_t index = word_of(sim::self->rank, at);
+  read_word(index, clocks[who], who, kPending);
+  auto& mine = groups[who];
+  if (mine.empty()) mine.emplace_back();
+  mine.back().words.push_back(index);
+}
+inline void commit() {
+  auto& mine = groups[me()];
+  if (mine.empty()) mine.emplace_back();
+  if (is_leader()) mine.emplace_back();
+}
+inline void retire(int left) {
+  if (!is_leader()) return;
+  auto& mine = groups[me()];
+  for (; int(mine.size()) > left + 1; mine.erase(mine.begin()))
+    for (size_t index : mine.front().words)
+      for (Reader& r : words[index].readers)
+        if (r.who == me()) r.when = clocks[me()][me()];
+}
+}  // namespace race
+extern "C" __attribute__((visibility("default"))) long tvmmoe_races() { return race::count; }
+extern "C" __attribute__((visibility("default"))) long tvmmoe_checks() { return race::num_checks; }
+"""
+IGNORE = r"""
+namespace race {
+template <class... A> void complete(A...) {}
+template <class... A> void release(A...) {}
+template <class... A> void acquire(A...) {}
+template <class... A> int copy(A...) { return 0; }
+template <class... A> void copied(A...) {}
+template <class Wait> void meet(const void*, int, Wait wait) { wait(); }
+template <class... A> void write(A...) {}
+template <class... A> void wgmma_read(A...) {}
+template <class... A> void retire(A...) {}
+inline void commit() {}
+inline void enter_warp() {}
+inline void leave_warp() {}
+inline bool is_leader() { return false; }
+}  // namespace race
+"""
+_SIZES = {"u8": 1, "b16": 2, "u16": 2, "b32": 4, "f32": 4, "v2_b32": 8, "v4_b32": 16}
+
+
+def watched(instructions: str) -> str:
+    """Both simulators' instructions, with what loads, stores and cp.async do to shared memory."""
+
+    def and_report(match: re.Match) -> str:
+        return f"{match[0]} race::{'read' if match[2] == 'ld' else 'write'}(p, {_SIZES[match[3]]});"
+
+    text, count = re.subn(r"(void (ld|st)_shared_(\w+)\([^)]*\bp\b[^)]*\) \{)", and_report, instructions)
+    assert count >= 10, count
+    copy = "void cp_async_ca_shared_global(uint32_t to, const void* from, uint32_t bytes, int size) {"
+    assert copy in text
+    return text.replace(copy, copy + " race::write(to, size);")
