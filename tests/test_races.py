@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import test_gemm_fp8
 from test_sm90a import MX, NV, SMALL, call
 
 from tvmmoe.config import WeightFormat
@@ -37,18 +38,28 @@ def source_of(weight_format: WeightFormat, tile_m: int, is_pending: bool) -> tup
         return variant.symbol, build.cuda_source([variant])
 
 
+def watched(symbol: str, source: str, path: Path):
+    """A function on this CPU, and what counts its races."""
+    compile_so(simulate.host_source(source, early=True, is_watched=True), path)
+    counters = ctypes.CDLL(str(path))
+    counters.tvmmoe_races.restype = counters.tvmmoe_checks.restype = ctypes.c_long
+
+    def count() -> int:
+        assert counters.tvmmoe_checks() > 100_000
+        return counters.tvmmoe_races()
+
+    return tvm_ffi.load_module(str(path))[symbol], count
+
+
 def races(
     symbol: str, source: str, weight_format: WeightFormat, tile_m: int, num_tokens: int, path: Path
 ) -> tuple[int, float]:
     """Races of one call, and how wrong its result is."""
-    compile_so(simulate.host_source(source, early=True, is_watched=True), path)
-    counters = ctypes.CDLL(str(path))
+    function, count = watched(symbol, source, path)
     case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=num_tokens) | SIZES)
     kwargs = make_case(case)
-    output, _ = call(case, kwargs, tile_m, do_finalize=True, function=tvm_ffi.load_module(str(path))[symbol])
-    counters.tvmmoe_races.restype = counters.tvmmoe_checks.restype = ctypes.c_long
-    assert counters.tvmmoe_checks() > 100_000
-    return counters.tvmmoe_races(), rel_l2(output, moe_ref(**kwargs)[0])
+    output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
+    return count(), rel_l2(output, moe_ref(**kwargs)[0])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -57,6 +68,18 @@ def test_kernels_have_no_races(name, tmp_path):
     symbol, source = source_of(weight_format, tile_m, is_pending)
     count, error = races(symbol, source, weight_format, tile_m, num_tokens, tmp_path / "watched.so")
     assert count == 0 and error < 1e-3
+
+
+def test_fp8_kernels_have_no_races(tmp_path, monkeypatch):
+    monkeypatch.setattr(tile_scheduler, "NUM_CTAS", 3)
+    source = build.fp8_source.__wrapped__()
+    function, count = watched(build.operator_fp8.SYMBOL, source, tmp_path / "watched.so")
+    for name in ("plain", "two_rows_outside"):
+        test_gemm_fp8.check(
+            lambda case, kwargs: call(case, kwargs, test_gemm_fp8.TILE_M, do_finalize=True, function=function)[0],
+            test_gemm_fp8.BASE, name, test_gemm_fp8.SMALL_TOLERANCE,
+        )  # fmt: skip
+    assert count() == 0
 
 
 def without(pattern: str) -> Callable[[str], str]:
@@ -82,6 +105,7 @@ BROKEN = {
     "sums_of_two_warpgroups": ("m16", without(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")),
     "stages_are_released_early": ("m8", late),
     "released_early_by_the_pair": ("pair", late),
+    "choices_are_read_at_once": ("pair", without(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")),
 }
 
 

@@ -9,7 +9,7 @@ knows its last writer and who has read it since.
     TMA, st.async      write when they are issued (so all readers must have let go) and are seen by who waits for the mbarrier
     cp.async           writes of its thread, which its mbarrier's arrival releases
     wgmma              reads tokens from its issue to the wait_group that retires its group
-    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix
+    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp
 
 Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
 simulation made them. Races between lanes of a warp are only found where the lanes do not meet in between; accesses to
@@ -24,8 +24,9 @@ WATCH = r"""
 namespace race {
 using Clock = std::vector<uint32_t>;
 constexpr uint32_t kPending = ~0u;  // a read that has not retired
-struct Reader { int who; uint32_t when; };
-struct Word { int writer = -1; uint32_t when = 0; std::vector<Reader> readers; };
+using Bytes = uint8_t;  // of a word, a bit each
+struct Reader { int who; uint32_t when; Bytes bytes; };
+struct Word { int writer = -1; uint32_t when = 0; Bytes bytes = 0; std::vector<Reader> readers; };
 struct Meeting { std::array<Clock, 2> clocks; std::array<int, 2> generations{-1, -1}; };
 inline std::vector<Clock> clocks, warp_clocks;
 inline std::vector<Word> words;
@@ -59,33 +60,37 @@ inline void report(const char* what, size_t word, int other) {
     fprintf(stderr, "race: %s word %zu: thread %d and %d\n", what, word, me(), other);
 }
 inline size_t word_of(int rank, uint32_t at) { return rank * words_per_cta + at / 4; }
-inline void read_word(size_t index, const Clock& clock, int who, uint32_t when) {
+inline void read_word(size_t index, const Clock& clock, int who, uint32_t when, Bytes bytes = 15) {
   Word& w = words[index];
   ++num_checks;
-  if (w.writer >= 0 && w.writer != who && clock[w.writer] < w.when)
+  if (w.writer >= 0 && w.writer != who && w.bytes & bytes && clock[w.writer] < w.when)
     report("read of a write not waited for,", index, w.writer);
   for (Reader& r : w.readers)
-    if (r.who == who) { r.when = when; return; }
-  w.readers.push_back({who, when});
+    if (r.who == who) { r.when = when, r.bytes |= bytes; return; }
+  w.readers.push_back({who, when, bytes});
 }
-inline void write_word(size_t index, const Clock& clock, int who, uint32_t when) {
+// Of parts of a word only the last writer is remembered.
+inline void write_word(size_t index, const Clock& clock, int who, uint32_t when, Bytes bytes = 15) {
   Word& w = words[index];
   ++num_checks;
-  if (w.writer >= 0 && (w.writer != who || who == engine()) && clock[w.writer] < w.when)
+  if (w.writer >= 0 && (w.writer != who || who == engine()) && w.bytes & bytes && clock[w.writer] < w.when)
     report("two writes of", index, w.writer);
   for (const Reader& r : w.readers)
-    if (r.when == kPending || (r.who != who && clock[r.who] < r.when)) report("write under a read of", index, r.who);
-  w.writer = who, w.when = when, w.readers.clear();
+    if (r.bytes & bytes && (r.when == kPending || (r.who != who && clock[r.who] < r.when)))
+      report("write under a read of", index, r.who);
+  w.writer = who, w.when = when, w.bytes = bytes;
+  if (bytes == 15) w.readers.clear();
 }
+inline Bytes bytes_of(uint32_t at, int bytes) { return bytes < 4 ? ((1 << bytes) - 1) << at % 4 : 15; }
 inline void read(uint32_t at, int bytes) {
   const int who = me();
   for (uint32_t b = at / 4 * 4; b < at + bytes; b += 4)
-    read_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who]);
+    read_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who], bytes_of(at, bytes));
 }
 inline void write(uint32_t at, int bytes) {
   const int who = me();
   for (uint32_t b = at / 4 * 4; b < at + bytes; b += 4)
-    write_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who]);
+    write_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who], bytes_of(at, bytes));
 }
 inline uint32_t copy(int rank, uint32_t at, uint32_t bytes) {  // by the engine, in this thread's name; returns its time
   ++engine_time;
@@ -116,6 +121,28 @@ template <class Wait> void meet(const void* at, int generation, Wait wait) {
   wait();
   join(clocks[me()], meetings[at].clocks[slot]);
 }
+// An element of an array in shared memory; other arrays are not watched.
+template <class T> struct Element {
+  T* at;
+  bool is_shared() const {
+    const char* begin = sim::shared_of(0);
+    return (const char*)at >= begin && (const char*)at < begin + sim::smem_stride * sim::num_ctas;
+  }
+  uint32_t place() const { return uint32_t((const char*)at - sim::shared()); }
+  operator T() const { if (is_shared()) read(place(), sizeof(T)); return *at; }
+  T operator=(T value) const { if (is_shared()) write(place(), sizeof(T)); return *at = value; }
+  T operator=(const Element& other) const { return *this = T(other); }
+  T* operator&() const { return at; }
+};
+template <class T> T max(T a, Element<T> b) { return std::max(a, T(b)); }
+template <class T> T max(Element<T> a, T b) { return std::max(T(a), b); }
+template <class T> T min(T a, Element<T> b) { return std::min(a, T(b)); }
+template <class T> T min(Element<T> a, T b) { return std::min(T(a), b); }
+template <class T> struct Array {
+  T* begin;
+  template <class Index> Element<T> operator[](Index i) const { return {begin + i}; }
+};
+template <class T> Array<T> array(const void* begin) { return {(T*)begin}; }
 inline Clock& warp_clock() { return warp_clocks[me() / 32]; }
 inline void enter_warp() { join(warp_clock(), clocks[me()]); }
 inline void leave_warp() { join(clocks[me()], warp_clock()); }
@@ -176,3 +203,8 @@ def watched(instructions: str) -> str:
     copy = "void cp_async_ca_shared_global(uint32_t to, const void* from, uint32_t bytes, int size) {"
     assert copy in text
     return text.replace(copy, copy + " race::write(to, size);")
+
+
+def watched_arrays(kernels: str) -> str:
+    """Kernels whose accesses by index are watched."""
+    return re.sub(r"\(\((\w+)\*\)(\w+)\)\[", r"race::array<\1>(\2)[", kernels)

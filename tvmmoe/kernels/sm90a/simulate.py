@@ -232,6 +232,12 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
 }  // namespace sim
 inline void meet_in_cta() { sim::meet(sim::ctas[sim::self->rank], sim::num_threads); }
 #define __syncthreads() meet_in_cta()
+inline void meet_in_warp() {
+  race::enter_warp();
+  sim::warp_sync();
+  race::leave_warp();
+}
+#define __syncwarp() meet_in_warp()
 """
 
 _HOST = r"""
@@ -420,6 +426,7 @@ def host_source(cuda: str, early: bool = False, is_watched: bool = False) -> str
     host = re.sub(r"(device_type\)+) == 2", r"\1 == 1", host)
     instructions = base._INSTRUCTIONS.split("\nstruct AllLanes")[0] + "\n" + _INSTRUCTIONS
     watch = races.WATCH if is_watched else races.IGNORE
-    parts = (f"#define SIM_EARLY {int(early)}", base._RUNTIME, watch, _RUNTIME,
-             races.watched(instructions) if is_watched else instructions, kernels, base._HOST, _HOST)  # fmt: skip
+    if is_watched:
+        instructions, kernels = races.watched(instructions), races.watched_arrays(kernels)
+    parts = f"#define SIM_EARLY {int(early)}", base._RUNTIME, watch, _RUNTIME, instructions, kernels, base._HOST, _HOST
     return "\n".join(parts) + "\n#include <tvm/ffi/c_api.h>" + host
