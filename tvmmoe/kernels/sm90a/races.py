@@ -2,8 +2,8 @@
 """Races in shared memory, found while a Hopper operator runs on the CPU (simulate.py): what must have happened before each
 access, and by which barrier.
 
-Every thread has a vector clock, and so has what copies in its name: one more actor stands for TMA and st.async. A word
-knows its last writer and who has read it since.
+Every thread has a vector clock. What copies in its name, TMA and st.async, is an actor of its own for every mbarrier that it
+tells. A word knows its last writer and who has read it since.
 
     release, acquire   arrivals at an mbarrier and the wait for its phase; CTA, cluster and named barriers
     TMA, st.async      write when they are issued (so all readers must have let go) and are seen by who waits for the mbarrier
@@ -36,23 +36,29 @@ struct Phases { Clock pending; std::array<Clock, 2> done; };
 inline std::map<uint64_t, Phases> phases;
 struct Group { std::vector<size_t> words; };
 inline std::map<int, std::vector<Group>> groups;  // of wgmma, by thread; the last one is still open
-inline uint32_t engine_time;
+inline std::map<uint64_t, int> engines;  // by mbarrier
+inline std::vector<uint32_t> engine_times;
 inline long count, num_checks;
 inline int me() { return int(sim::self - sim::fibers.data()); }
-inline int engine() { return int(sim::fibers.size()); }
+inline int engine_of(uint64_t barrier) {
+  const auto [at, is_new] = engines.emplace(barrier, int(engines.size()));
+  if (is_new) engine_times.push_back(0);
+  return int(sim::fibers.size()) + at->second;
+}
+inline bool is_engine(int who) { return who >= int(sim::fibers.size()); }
+inline uint32_t seen(const Clock& clock, int who) { return size_t(who) < clock.size() ? clock[who] : 0; }
 inline void join(Clock& to, const Clock& from) {
   if (to.size() < from.size()) to.resize(from.size());
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 inline void begin() {
-  const size_t total = sim::fibers.size() + 1;
+  const size_t total = sim::fibers.size();
   clocks.assign(sim::fibers.size(), Clock(total));
   for (size_t i = 0; i < clocks.size(); ++i) clocks[i][i] = 1;
   warp_clocks.assign(sim::fibers.size() / 32 + 1, Clock(total));
   words_per_cta = sim::smem_stride / 4;
   words.assign(words_per_cta * sim::num_ctas, {});
-  meetings.clear(), phases.clear(), groups.clear();
-  engine_time = 0;
+  meetings.clear(), phases.clear(), groups.clear(), engines.clear(), engine_times.clear();
 }
 inline bool installed = (sim::on_begin = begin, true);
 inline void report(const char* what, size_t word, int other) {
@@ -63,7 +69,7 @@ inline size_t word_of(int rank, uint32_t at) { return rank * words_per_cta + at 
 inline void read_word(size_t index, const Clock& clock, int who, uint32_t when, Bytes bytes = 15) {
   Word& w = words[index];
   ++num_checks;
-  if (w.writer >= 0 && w.writer != who && w.bytes & bytes && clock[w.writer] < w.when)
+  if (w.writer >= 0 && w.writer != who && w.bytes & bytes && seen(clock, w.writer) < w.when)
     report("read of a write not waited for,", index, w.writer);
   for (Reader& r : w.readers)
     if (r.who == who) { r.when = when, r.bytes |= bytes; return; }
@@ -73,10 +79,10 @@ inline void read_word(size_t index, const Clock& clock, int who, uint32_t when, 
 inline void write_word(size_t index, const Clock& clock, int who, uint32_t when, Bytes bytes = 15) {
   Word& w = words[index];
   ++num_checks;
-  if (w.writer >= 0 && (w.writer != who || who == engine()) && w.bytes & bytes && clock[w.writer] < w.when)
+  if (w.writer >= 0 && (w.writer != who || is_engine(who)) && w.bytes & bytes && seen(clock, w.writer) < w.when)
     report("two writes of", index, w.writer);
   for (const Reader& r : w.readers)
-    if (r.bytes & bytes && (r.when == kPending || (r.who != who && clock[r.who] < r.when)))
+    if (r.bytes & bytes && (r.when == kPending || (r.who != who && seen(clock, r.who) < r.when)))
       report("write under a read of", index, r.who);
   w.writer = who, w.when = when, w.bytes = bytes;
   if (bytes == 15) w.readers.clear();
@@ -92,15 +98,18 @@ inline void write(uint32_t at, int bytes) {
   for (uint32_t b = at / 4 * 4; b < at + bytes; b += 4)
     write_word(word_of(sim::self->rank, b), clocks[who], who, clocks[who][who], bytes_of(at, bytes));
 }
-inline uint32_t copy(int rank, uint32_t at, uint32_t bytes) {  // by the engine, in this thread's name; returns its time
-  ++engine_time;
-  for (uint32_t b = at; b < at + bytes; b += 4) write_word(word_of(rank, b), clocks[me()], engine(), engine_time);
-  return engine_time;
+// In this thread's name, by the engine that tells ``barrier``; returns its time.
+inline uint32_t copy(int rank, uint32_t at, uint32_t bytes, uint64_t barrier) {
+  const int who = engine_of(barrier);
+  const uint32_t when = ++engine_times[who - sim::fibers.size()];
+  for (uint32_t b = at; b < at + bytes; b += 4) write_word(word_of(rank, b), clocks[me()], who, when);
+  return when;
 }
 inline void copied(uint64_t barrier, uint32_t when) {
   Clock& pending = phases[barrier].pending;
-  pending.resize(sim::fibers.size() + 1);
-  pending[engine()] = std::max(pending[engine()], when);
+  const size_t who = engine_of(barrier);
+  if (pending.size() <= who) pending.resize(who + 1);
+  pending[who] = std::max(pending[who], when);
 }
 inline void release(uint64_t barrier) {
   join(phases[barrier].pending, clocks[me()]);

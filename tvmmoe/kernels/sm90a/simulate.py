@@ -86,7 +86,7 @@ void tma_to(int cta, uint32_t to, const void* tensor_map, const int (&at)[rank],
   std::vector<int> place(start, start + rank);
   uint32_t bytes = map.box[0];
   for (int i = 1; i < rank; ++i) bytes *= map.box[i];
-  const auto when = race::copy(cta, to, bytes);
+  const auto when = race::copy(cta, to, bytes, key(cta, barrier));
   auto copy = [=] {
     for (uint32_t row = 0; row < bytes / map.box[0]; ++row) {
       const char* from = map.data;
@@ -288,7 +288,7 @@ inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_b32(
   memcpy(sim::shared_of(rank) + (to & 0xffffff), words, sizeof(words));
   const uint64_t there = sim::key(rank, barrier & 0xffffff);
   sim::mbarrier_of(rank, barrier & 0xffffff).bytes -= sizeof(words);
-  race::copied(there, race::copy(rank, to & 0xffffff, sizeof(words)));
+  race::copied(there, race::copy(rank, to & 0xffffff, sizeof(words), there));
   sim::settle(there);
 }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes_multicast_cluster(
