@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import test_gemm_fp8
-from test_sm90a import MX, NV, SMALL, call
+from test_sm90a import MX, NV, SMALL, call, source_of
 
-from tvmmoe.config import WeightFormat
 from tvmmoe.reference import moe_ref
 from tvmmoe.testing import Case, make_case, rel_l2
 
 tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
-from tvmmoe.kernels.sm90a import build, gemm, operator, simulate, tile_scheduler  # noqa: E402
+from tvmmoe.kernels.sm90a import build, gemm, simulate, tile_scheduler  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
 # (weight format, tile, tokens, not shipped yet): some tiles a CTA, whose numbers of K blocks are no multiple of a stage's.
@@ -29,16 +28,7 @@ KERNELS = {
 SIZES = dict(hidden_size=544, intermediate_size=416, has_gemm1_bias=True)
 
 
-def source_of(weight_format: WeightFormat, tile_m: int, is_pending: bool) -> tuple[str, str]:
-    """Symbol and CUDA C++ of one variant on few CTAs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_scheduler, "NUM_CTAS", 4)
-        patch.setattr(operator, "PENDING", is_pending)
-        (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
-        return variant.symbol, build.cuda_source([variant])
-
-
-def watched(symbol: str, source: str, path: Path):
+def watched(symbol: str, source: str, path: Path) -> tuple[Callable[..., None], Callable[[], int]]:
     """A function on this CPU, and what counts its races."""
     compile_so(simulate.host_source(source, early=True, is_watched=True), path)
     counters = ctypes.CDLL(str(path))
@@ -51,11 +41,11 @@ def watched(symbol: str, source: str, path: Path):
     return tvm_ffi.load_module(str(path))[symbol], count
 
 
-def races(
-    symbol: str, source: str, weight_format: WeightFormat, tile_m: int, num_tokens: int, path: Path
-) -> tuple[int, float]:
-    """Races of one call, and how wrong its result is."""
-    function, count = watched(symbol, source, path)
+def races(name: str, folder: Path, change: Callable[[str], str] = lambda source: source) -> tuple[int, float]:
+    """Races of one call of a kernel, and how wrong its result is."""
+    weight_format, tile_m, num_tokens, is_pending = KERNELS[name]
+    symbol, source = source_of(weight_format, tile_m, pending=is_pending)
+    function, count = watched(symbol, change(source), folder / "watched.so")
     case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=num_tokens) | SIZES)
     kwargs = make_case(case)
     output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
@@ -64,9 +54,7 @@ def races(
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_have_no_races(name, tmp_path):
-    weight_format, tile_m, num_tokens, is_pending = KERNELS[name]
-    symbol, source = source_of(weight_format, tile_m, is_pending)
-    count, error = races(symbol, source, weight_format, tile_m, num_tokens, tmp_path / "watched.so")
+    count, error = races(name, tmp_path)
     assert count == 0 and error < 1e-3
 
 
@@ -82,42 +70,35 @@ def test_fp8_kernels_have_no_races(tmp_path, monkeypatch):
     assert count() == 0
 
 
-def without(pattern: str) -> Callable[[str], str]:
-    """Removes the calls that match."""
+def replaced(pattern: str, by: str = "") -> Callable[[str], str]:
+    """Source in which what matches is something else, or nothing."""
 
     def change(source: str) -> str:
-        source, count = re.subn(pattern, "", source)
+        source, count = re.subn(pattern, by, source)
         assert count
         return source
 
     return change
 
 
-def late(source: str) -> str:
-    """A stage is released while the tensor core may still read its tokens."""
-    source, count = re.subn(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 3;", source)
-    assert count
-    return source
-
-
+SUMS_AT_ONCE = replaced(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")
+# A stage is released while the tensor core may still read its tokens.
+RELEASED_EARLY = replaced(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 3;")
 BROKEN = {
-    "sums_are_read_at_once": ("m8", without(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")),
-    "sums_of_two_warpgroups": ("m16", without(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")),
-    "stages_are_released_early": ("m8", late),
-    "released_early_by_the_pair": ("pair", late),
-    "choices_are_read_at_once": ("pair", without(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")),
+    "sums_are_read_at_once": ("m8", SUMS_AT_ONCE),
+    "sums_of_two_warpgroups": ("m16", SUMS_AT_ONCE),
+    "stages_are_released_early": ("m8", RELEASED_EARLY),
+    "released_early_by_the_pair": ("pair", RELEASED_EARLY),
+    "choices_are_read_at_once": ("pair", replaced(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_races_are_found(name, tmp_path):
     kernel, change = BROKEN[name]
-    weight_format, tile_m, num_tokens, is_pending = KERNELS[kernel]
-    symbol, source = source_of(weight_format, tile_m, is_pending)
-    assert races(symbol, change(source), weight_format, tile_m, num_tokens, tmp_path / "watched.so")[0] > 0
+    assert races(kernel, tmp_path, change)[0] > 0
 
 
 def test_results_are_stored_before_others_take_their_place(monkeypatch, tmp_path):
     monkeypatch.setattr(gemm.GroupedGemm, "_warpgroup_sync", lambda self: None)
-    symbol, source = source_of(MX, 8, False)
-    assert races(symbol, source, MX, 8, 40, tmp_path / "watched.so")[0] > 0
+    assert races("m8", tmp_path)[0] > 0

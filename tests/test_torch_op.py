@@ -75,20 +75,25 @@ def test_compiled_once_for_two_sizes(device):
         assert torch.equal(layer(**kwargs), tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0])
 
 
-@pytest.mark.gpu
-def test_streams_do_not_disturb_each_other():
-    cases = [make_case(num_tokens=n, hidden_size=512, intermediate_size=512, seed=n, device="cuda") for n in (3, 70, 200)]
+def check_on_streams(cases, rounds: int) -> None:
+    """Each case on a stream of its own, all at once: results as if it were alone."""
     expected = [tvmmoe.trtllm_fp4_block_scale_moe(**case)[0] for case in cases]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
     outputs = [[] for _ in cases]
-    for _ in range(10):
+    for _ in range(rounds):
         for case, stream, mine in zip(cases, streams, outputs, strict=True):
             with torch.cuda.stream(stream):
                 mine.append(tvmmoe.trtllm_fp4_block_scale_moe(**case)[0])
     torch.cuda.synchronize()
     for mine, wanted in zip(outputs, expected, strict=True):
         assert all(torch.equal(output, wanted) for output in mine)
+
+
+@pytest.mark.gpu
+def test_streams_do_not_disturb_each_other():
+    sizes = dict(hidden_size=512, intermediate_size=512)
+    check_on_streams([make_case(num_tokens=n, **sizes, seed=n, device="cuda") for n in (3, 70, 200)], rounds=10)
 
 
 @pytest.mark.gpu
@@ -96,17 +101,7 @@ def test_streams_do_not_disturb_each_other():
 def test_kernels_that_wait_for_each_others_tiles_share_the_gpu(num_tokens):
     """Both GEMMs of a token or two are one kernel. Of several at once none has all SMs, and none may wait for ever."""
     sizes = dict(num_tokens=num_tokens, hidden_size=2080, intermediate_size=2016, num_experts=32, top_k=8)
-    cases = [make_case(**sizes, seed=seed, device="cuda") for seed in range(6)]
-    expected = [tvmmoe.trtllm_fp4_block_scale_moe(**case)[0] for case in cases]
-    torch.cuda.synchronize()
-    streams, outputs = [torch.cuda.Stream() for _ in cases], [[] for _ in cases]
-    for _ in range(40):
-        for case, stream, mine in zip(cases, streams, outputs, strict=True):
-            with torch.cuda.stream(stream):
-                mine.append(tvmmoe.trtllm_fp4_block_scale_moe(**case)[0])
-    torch.cuda.synchronize()
-    for mine, wanted in zip(outputs, expected, strict=True):
-        assert all(torch.equal(output, wanted) for output in mine)
+    check_on_streams([make_case(**sizes, seed=seed, device="cuda") for seed in range(6)], rounds=40)
 
 
 @pytest.mark.gpu

@@ -482,7 +482,7 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
 def test_few_columns_of_gemm2_have_a_choice_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tvmmoe.kernels.sm90a.operator.PENDING", True)
     task = Task(sm90a.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 64)
-    by_hand, for_longer = (sm90a.default_of_tile(8, "mxfp4", is_short) for is_short in (True, False))
+    by_hand, for_longer = (sm90a.default_of_tile(8, is_short) for is_short in (True, False))
     assert task.k <= sm90a.SHORT_K and sm90a.default(task) == by_hand != for_longer
     assert by_hand in sm90a.seeds(task) and for_longer in sm90a.seeds(task)
     assert by_hand not in sm90a.seeds(HOPPER_TASK) and for_longer in sm90a.seeds(HOPPER_TASK)

@@ -86,8 +86,12 @@ def space(target: ModuleType, task: Task, sch: tvm.s_tir.Schedule) -> None:
 
 def default(target: ModuleType, task: Task) -> dict[str, int]:
     """Hand-chosen decisions for the task's rows an expert."""
-    tiles = target.TILES
-    return target.default_of_tile(next((m for m in tiles if m >= task.rows_per_expert), max(tiles)))
+    return target.default_of_tile(default_tile(target.TILES, task))
+
+
+def default_tile(tiles: Iterable[int], task: Task) -> int:
+    """The lowest of ascending tile heights that holds the task's rows an expert, or else the highest."""
+    return next((m for m in tiles if m >= task.rows_per_expert), max(tiles))
 
 
 def seeds(target: ModuleType, task: Task) -> list[dict[str, int]]:

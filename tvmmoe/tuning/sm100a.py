@@ -52,7 +52,7 @@ def default_of_tile(tile_m: int, weight_format: str) -> dict[str, int]:
 
 def default(task: Task) -> dict[str, int]:
     """Hand-chosen decisions for the task's rows an expert."""
-    return default_of_tile(next((m for m in TILES if m >= task.rows_per_expert), max(TILES)), task.weight_format)
+    return default_of_tile(cuda.default_tile(TILES, task), task.weight_format)
 
 
 def seeds(task: Task) -> list[dict[str, int]]:

@@ -54,9 +54,9 @@ def gemm_config(task: Task, config: dict[str, int]) -> kernel.GemmConfig:
     return kernel.GemmConfig(WeightFormat[task.weight_format], **config)
 
 
-def default_of_tile(tile_m: int, weight_format: str = "mxfp4", is_short: bool = False) -> dict[str, int]:
-    """Hand-chosen decisions for a tile height."""
-    c = hand_chosen(WeightFormat[weight_format], tile_m, is_short)
+def default_of_tile(tile_m: int, is_short: bool = False) -> dict[str, int]:
+    """Hand-chosen decisions for a tile height, the same for both weight formats."""
+    c = hand_chosen(WeightFormat.mxfp4, tile_m, is_short)
     return {name: getattr(c, name) for name in KNOBS}
 
 
@@ -66,18 +66,14 @@ def _is_short(task: Task) -> bool:
 
 def default(task: Task) -> dict[str, int]:
     """Hand-chosen decisions for the task's rows an expert."""
-    tile_m = next((m for m in TILES if m >= task.rows_per_expert), max(TILES))
-    return default_of_tile(tile_m, task.weight_format, _is_short(task))
+    return default_of_tile(cuda.default_tile(TILES, task), _is_short(task))
 
 
 def seeds(task: Task) -> list[dict[str, int]]:
-    """Hand-chosen decisions of every tile height that the task may take, and those for longer K."""
-    by_hand = [
-        default_of_tile(tile_m, task.weight_format, is_short)
-        for is_short in ((True, False) if _is_short(task) else (False,))
-        for tile_m in knobs(task)["tile_m"]
-        if not is_short or tile_m in short_tiles()
-    ]
+    """Hand-chosen decisions of every tile height that the task may take, for few columns before those for more."""
+    tiles = knobs(task)["tile_m"]
+    short = [tile_m for tile_m in tiles if tile_m in short_tiles()] if _is_short(task) else []
+    by_hand = [*(default_of_tile(tile_m, True) for tile_m in short), *map(default_of_tile, tiles)]
     return [config for config in by_hand if is_legal(task, config)]
 
 
@@ -85,16 +81,13 @@ def by_tile_height(
     stage: str, weight_format: str, measurements: list[records.Measurement]
 ) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart."""
+    tiles = short_tiles() if stage == "gemm2" else {}
     of_short = [m for m in measurements if _is_short(m.task)]
     rest = [m for m in measurements if not _is_short(m.task)]
-    result = []
-    for tile_m in TILES:
-        by_hand, has_short = default_of_tile(tile_m, weight_format), stage == "gemm2" and tile_m in short_tiles()
-        result.append(records.Candidates(stage, tile_m, by_hand, rest if has_short else measurements))
-        if has_short:
-            by_hand = default_of_tile(tile_m, weight_format, True)
-            result.append(records.Candidates("gemm2_short", tile_m, by_hand, of_short))
-    return result
+    return [
+        *(records.Candidates(stage, m, default_of_tile(m), rest if m in tiles else measurements) for m in TILES),
+        *(records.Candidates("gemm2_short", m, default_of_tile(m, True), of_short) for m in tiles),
+    ]
 
 
 def is_legal(task: Task, config: dict[str, int]) -> bool:

@@ -60,6 +60,11 @@ class Variant:
         return self.gemm1.tile_m
 
     @property
+    def meets_few_tokens(self) -> bool:
+        """Whether calls of a few tokens may come here."""
+        return self.tile_m == min(TILES)
+
+    @property
     def symbol(self) -> str:
         return f"fp4_block_scale_moe_{self.gemm1.weight_format.name}_m{self.tile_m}"
 
@@ -136,18 +141,19 @@ def packed_function(
             I.func_name(variant.symbol)
             I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": launch_params})
             a = Arguments(variant.tile_m)
-            has_few = variant.tile_m == min(TILES)  # other tiles hardly meet so few tokens
-            if has_few and gemm_pair is not None:
+            if not variant.meets_few_tokens:
+                gemm_pair = None
+            if gemm_pair is not None:
                 # The workspace's rows begin where those of x do, so a tile overwrites its own x, which nobody reads any more.
                 a.output_pitch = T.Select(a.gemm2_output == 0, padded(a.hidden_size), a.hidden_size)
                 a.ws["z_blocks"] = a.ws["chunk_counts"]  # otherwise of many pairs; of few tokens each expert has one tile
             with if_(a.num_tokens > 0):
-                _launch_all(a, variant, gemm1, gemm2, gemm_pair, has_few)
+                _launch_all(a, variant, gemm1, gemm2, gemm_pair)
     return builder.get()
 
 
 def _launch_all(
-    a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None, has_few: bool
+    a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None
 ) -> None:
     formats = _activation_formats(variant.gemm1.weight_format)
 
@@ -167,13 +173,13 @@ def _launch_all(
         arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
         if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
 
-    if has_few:
+    if variant.meets_few_tokens:
         if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), by_stages)
     else:
         by_stages()
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     apart = functools.partial(_launch_gemms, a, variant, gemm1, gemm2, is_gated)
-    if has_few and gemm_pair is not None:
+    if gemm_pair is not None:
         if_else(is_served(a, is_gated), lambda: gemm_pair(a, variant.gemm1), apart)
     else:
         apart()

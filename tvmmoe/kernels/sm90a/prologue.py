@@ -59,8 +59,8 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     segments = segments_of(a, COLUMNS)
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
-        router, placement = Router(a, smem, MAX_TOKENS), Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
-        placement.clears_z_blocks = "z_blocks" in a.ws
+        router = Router(a, smem, MAX_TOKENS)
+        placement = Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K, clears_z_blocks="z_blocks" in a.ws)
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
         token = let(thread.cta // cast(segments, "int32"))  # num_tokens for the CTA that writes ids and weights
@@ -121,9 +121,8 @@ def arrange(a, form: ActivationFormat, tile_m: int) -> None:
 class Placement:
     """Rows of one token's pairs, from the experts of all pairs."""
 
-    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int):
-        self.a, self.thread, self.tile_m = a, thread, tile_m
-        self.clears_z_blocks = False
+    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int, clears_z_blocks: bool = False):
+        self.a, self.thread, self.tile_m, self.clears_z_blocks = a, thread, tile_m, clears_z_blocks
         self._experts = smem.alloc(max_pairs, "int32", 128)  # local; -1: another rank's
         self._counts = smem.alloc(MAX_EXPERTS, "int32", 128)  # pairs of every local expert
         self._rows = smem.alloc(MAX_TOP_K, "int32", 128)

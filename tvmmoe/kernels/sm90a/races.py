@@ -34,8 +34,8 @@ inline size_t words_per_cta;
 inline std::map<const void*, Meeting> meetings;
 struct Phases { Clock pending; std::array<Clock, 2> done; };
 inline std::map<uint64_t, Phases> phases;
-struct Group { std::vector<size_t> words; };
-inline std::map<int, std::vector<Group>> groups;  // of wgmma, by thread; the last one is still open
+using Group = std::vector<size_t>;  // words
+inline std::map<int, std::vector<Group>> groups;  // of wgmma, by a warp's first thread; the last one is still open
 inline std::map<uint64_t, int> engines;  // by mbarrier
 inline std::vector<uint32_t> engine_times;
 inline long count, num_checks;
@@ -152,9 +152,12 @@ template <class T> struct Array {
   template <class Index> Element<T> operator[](Index i) const { return {begin + i}; }
 };
 template <class T> Array<T> array(const void* begin) { return {(T*)begin}; }
-inline Clock& warp_clock() { return warp_clocks[me() / 32]; }
-inline void enter_warp() { join(warp_clock(), clocks[me()]); }
-inline void leave_warp() { join(clocks[me()], warp_clock()); }
+template <class Wait> void meet_in_warp(Wait wait) {
+  Clock& together = warp_clocks[me() / 32];
+  join(together, clocks[me()]);
+  wait();
+  join(clocks[me()], together);
+}
 inline bool is_leader() { return me() % 32 == 0; }
 inline void wgmma_read(uint32_t at) {  // 4 bytes, by the warp's first lane, until the group retires
   const int who = me() / 32 * 32;
@@ -162,18 +165,16 @@ inline void wgmma_read(uint32_t at) {  // 4 bytes, by the warp's first lane, unt
   read_word(index, clocks[who], who, kPending);
   auto& mine = groups[who];
   if (mine.empty()) mine.emplace_back();
-  mine.back().words.push_back(index);
+  mine.back().push_back(index);
 }
 inline void commit() {
-  auto& mine = groups[me()];
-  if (mine.empty()) mine.emplace_back();
-  if (is_leader()) mine.emplace_back();
+  if (is_leader()) groups[me()].emplace_back();  // which has read something
 }
 inline void retire(int left) {
   if (!is_leader()) return;
   auto& mine = groups[me()];
   for (; int(mine.size()) > left + 1; mine.erase(mine.begin()))
-    for (size_t index : mine.front().words)
+    for (size_t index : mine.front())
       for (Reader& r : words[index].readers)
         if (r.who == me()) r.when = clocks[me()][me()];
 }
@@ -193,8 +194,7 @@ template <class... A> void write(A...) {}
 template <class... A> void wgmma_read(A...) {}
 template <class... A> void retire(A...) {}
 inline void commit() {}
-inline void enter_warp() {}
-inline void leave_warp() {}
+template <class Wait> void meet_in_warp(Wait wait) { wait(); }
 inline bool is_leader() { return false; }
 }  // namespace race
 """

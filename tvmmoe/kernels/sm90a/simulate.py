@@ -200,9 +200,7 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
   const unsigned id = self->thread.x % 32;
   memcpy(self->words, a, sizeof(a));
   Barrier& barrier = named(1000 + self->thread.x / 128);
-  race::enter_warp();
-  wait(barrier, 128);
-  race::leave_warp();
+  race::meet_in_warp([&] { wait(barrier, 128); });
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fprintf(stderr, "simulate: wgmma swizzle\n"), abort();
   float rows[2][depth];
@@ -232,11 +230,7 @@ void wgmma(float* (&d)[n / 2], const uint32_t (&a)[4], uint64_t descriptor, uint
 }  // namespace sim
 inline void meet_in_cta() { sim::meet(sim::ctas[sim::self->rank], sim::num_threads); }
 #define __syncthreads() meet_in_cta()
-inline void meet_in_warp() {
-  race::enter_warp();
-  sim::warp_sync();
-  race::leave_warp();
-}
+inline void meet_in_warp() { race::meet_in_warp(sim::warp_sync); }
 #define __syncwarp() meet_in_warp()
 """
 
@@ -258,9 +252,7 @@ inline void fence_mbarrier_init_release_cluster() {}
 inline void wgmma_fence_sync_aligned() {}
 inline void wgmma_commit_group_sync_aligned() { race::commit(); }
 inline void wgmma_wait_group_sync_aligned(int left) {
-  race::enter_warp();
-  sim::warp_sync();
-  race::leave_warp();
+  meet_in_warp();
   race::retire(left);
 }
 inline void prefetch_tensormap(const void*) {}
@@ -342,9 +334,7 @@ inline void st_shared_v2_b32(uint32_t p, uint32_t a, uint32_t b) { at<uint32_t>(
 template <size_t n> void stmatrix_transposed(uint32_t p, const uint32_t (&words)[n]) {
   if (p % 16) fprintf(stderr, "simulate: misaligned stmatrix\n"), abort();
   sim::self->words[0] = p;
-  race::enter_warp();
-  sim::warp_sync();
-  race::leave_warp();
+  meet_in_warp();
   for (int i = 0; i < 8 * int(n) && race::is_leader(); ++i) race::write(sim::lane(i).words[0], 16);
   const int lane = sim::self->thread.x % 32;
   for (int m = 0; m < int(n); ++m)
