@@ -479,8 +479,7 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
     assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]
 
 
-def test_few_columns_of_gemm2_have_a_choice_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("tvmmoe.kernels.sm90a.operator.PENDING", True)
+def test_few_columns_of_gemm2_have_a_choice_of_their_own(tmp_path):
     task = Task(sm90a.TARGET, "gemm2", "mxfp4", "Qwen3-30B-A3B", 64)
     by_hand, for_longer = (sm90a.default_of_tile(8, is_short) for is_short in (True, False))
     assert task.k <= sm90a.SHORT_K and sm90a.default(task) == by_hand != for_longer

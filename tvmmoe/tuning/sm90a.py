@@ -18,7 +18,7 @@ from tvmmoe.kernels.sm90a import gemm_config as kernel
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
-from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, TILES, Arguments, hand_chosen, short_tiles
+from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, Arguments, hand_chosen
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
 from tvmmoe.kernels.sm90a.trace import kernel as kernel_of
@@ -72,7 +72,7 @@ def default(task: Task) -> dict[str, int]:
 def seeds(task: Task) -> list[dict[str, int]]:
     """Hand-chosen decisions of every tile height that the task may take, for few columns before those for more."""
     tiles = knobs(task)["tile_m"]
-    short = [tile_m for tile_m in tiles if tile_m in short_tiles()] if _is_short(task) else []
+    short = [tile_m for tile_m in tiles if tile_m in SHORT_TILES] if _is_short(task) else []
     by_hand = [*(default_of_tile(tile_m, True) for tile_m in short), *map(default_of_tile, tiles)]
     return [config for config in by_hand if is_legal(task, config)]
 
@@ -81,7 +81,7 @@ def by_tile_height(
     stage: str, weight_format: str, measurements: list[records.Measurement]
 ) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart."""
-    tiles = short_tiles() if stage == "gemm2" else {}
+    tiles = SHORT_TILES if stage == "gemm2" else {}
     of_short = [m for m in measurements if _is_short(m.task)]
     rest = [m for m in measurements if not _is_short(m.task)]
     return [

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hopper artifacts: one file a weight format, and one of fp8 accumulation.
 
-The one driver function that generated host code uses is looked up at the first call, so an artifact loads without a
-driver.
+What generated host code uses of the driver is looked up at the first call, so an artifact loads without one.
 """
 
 import functools
@@ -14,28 +13,17 @@ import tvm
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels import nvcc
 from tvmmoe.kernels.sm90a import host, operator_fp8
-from tvmmoe.kernels.sm90a import operator as sm90a
-from tvmmoe.kernels.sm90a.operator import TILES, Variant, hand_chosen, operator
+from tvmmoe.kernels.sm90a.operator import SHORT_TILES, TILES, Variant, hand_chosen, operator
 
 FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
 NATIVE = "arch=compute_90a,code=sm_90a"
 
-_INCLUDES = r"""
-#include <cstdint>
-#include <cuda.h>
-#include <cuda_runtime.h>
-"""
-_DRIVER_LOOKUP = r"""static inline CUresult tvmmoe_encode_tiled(
+_ENCODE_TILED = r"""static inline CUresult tvmmoe_encode_tiled(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* dims,
     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
     CUtensorMapFloatOOBfill fill) {
-  static auto fn = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    auto rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &status);
-    return rc == cudaSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol) : nullptr;
-  }();
+  static const auto fn = tvmmoe_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   return fn ? fn(map, type, rank, data, dims, strides, box, element_strides, interleave, swizzle, promotion, fill)
             : CUDA_ERROR_NOT_INITIALIZED;
 }
@@ -53,7 +41,7 @@ def variants(weight_format: WeightFormat) -> list[Variant]:
 
     def variant(tile_m: int) -> Variant:
         config = hand_chosen(weight_format, tile_m)
-        return Variant(config, config, hand_chosen(weight_format, tile_m, True) if tile_m in sm90a.short_tiles() else None)
+        return Variant(config, config, hand_chosen(weight_format, tile_m, True) if tile_m in SHORT_TILES else None)
 
     return list(map(variant, TILES))
 
@@ -76,8 +64,10 @@ def fp8_source() -> str:
 
 def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: str = "sm_90a") -> str:
     """CUDA C++ of packed functions by symbol, which contains ``_moe_``."""
-    source = host.once_per_call(nvcc.packed_source(makers, {"arch": arch}, _INCLUDES + nvcc.ADDRESS + _DRIVER_LOOKUP))
-    return host.launched_by_driver(source) if arch == "sm_90a" and sm90a.PENDING else source
+    source = host.once_per_call(nvcc.packed_source(makers, {"arch": arch}, nvcc.ADDRESS + _ENCODE_TILED))
+    if arch == "sm_90a":  # measured there alone
+        source = host.launched_by_driver(source)
+    return host.DRIVER_FUNCTION + source
 
 
 def compile_so(source: str, path: Path, *gencodes: str) -> str:

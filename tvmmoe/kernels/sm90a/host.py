@@ -3,10 +3,21 @@
 
 import re
 
+# The driver's function of this name, or null without a driver.
+DRIVER_FUNCTION = r"""
+#include <cstdint>
+#include <cuda.h>
+#include <cuda_runtime.h>
+template <typename Function>
+static Function tvmmoe_driver_function(const char* name) {
+  void* symbol = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &symbol, 12000, cudaEnableDefault, &status);
+  return error == cudaSuccess ? reinterpret_cast<Function>(symbol) : nullptr;
+}
+"""
 _ALLOW_SHARED_MEMORY = r"""
 #include <atomic>
-#include <cstdint>
-#include <cuda_runtime.h>
 // Most bytes that a kernel may ask for, told to the runtime once a device; `devices` has a bit for each.
 template <typename... Params>
 static cudaError_t tvmmoe_allow_shared_memory(
@@ -49,20 +60,13 @@ def once_per_call(source: str) -> str:
 _LAUNCH_BY_DRIVER = r"""
 #include <cstring>
 #include <tuple>
-#include <cuda.h>
-#include <cuda_runtime.h>
 // By the driver, whose parameters come as they are: 1 to 2 us less a call, on an H100's host. What the driver does not take,
 // like the first launch of a thread without a context, the runtime does.
 template <auto kernel, typename... Params, typename... Args>
 static cudaError_t tvmmoe_launch_as(void (*)(Params...), const cudaLaunchConfig_t* config, const Args&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "kernel argument count mismatch");
   static_assert(sizeof(CUlaunchAttribute) == sizeof(cudaLaunchAttribute), "launch attributes differ");
-  static const auto launch = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    const auto error = cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &symbol, 12000, cudaEnableDefault, &status);
-    return error == cudaSuccess ? reinterpret_cast<decltype(&cuLaunchKernelEx)>(symbol) : nullptr;
-  }();
+  static const auto launch = tvmmoe_driver_function<decltype(&cuLaunchKernelEx)>("cuLaunchKernelEx");
   static const cudaKernel_t handle = [] {  // of any context
     cudaKernel_t found = nullptr;
     return cudaGetKernel(&found, reinterpret_cast<const void*>(kernel)) == cudaSuccess ? found : nullptr;

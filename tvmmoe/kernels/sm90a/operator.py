@@ -82,21 +82,14 @@ TILES = {
     8: (1, 4, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 2, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
     256: (1, 1, 2, 1, 2),
 }  # fmt: skip
-# Whether a build takes in what has not passed the gpu suite yet: gemm_pair, SHORT_TILES and host.launched_by_driver.
-PENDING = False
 # gemm2 over at most SHORT_K columns, where a stage of four K blocks, or its last one, is mostly empty.
 SHORT_TILES = {8: (2, 2, 2, 2, 1), 16: (1, 1, 4, 2, 1)}
 SHORT_K = 1024
 
 
-def short_tiles() -> dict[int, tuple[int, ...]]:
-    """SHORT_TILES, if they are built."""
-    return SHORT_TILES if PENDING else {}
-
-
 def hand_chosen(weight_format: WeightFormat, tile_m: int, is_short: bool = False) -> GemmConfig:
     """Configuration of a GEMM for tiles of ``tile_m`` tokens; ``is_short``: of gemm2 over at most SHORT_K columns."""
-    return GemmConfig(weight_format, tile_m, *(TILES | short_tiles() if is_short else TILES)[tile_m])
+    return GemmConfig(weight_format, tile_m, *(TILES | SHORT_TILES if is_short else TILES)[tile_m])
 
 
 class Arguments:
@@ -128,7 +121,7 @@ def _activation_formats(weight_format: WeightFormat) -> tuple[ActivationFormat, 
 
 def operator(variant: Variant) -> tvm.tirx.PrimFunc:
     """The host function of one variant."""
-    return packed_function(variant, LAUNCH_PARAMS, gemm1, gemm2, gemm_pair if PENDING else None)
+    return packed_function(variant, LAUNCH_PARAMS, gemm1, gemm2, gemm_pair)
 
 
 def packed_function(
