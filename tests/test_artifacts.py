@@ -2,6 +2,7 @@
 """The manifest describes what ships: checksums, selection ranges, freshness against the sources, refusals."""
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -199,9 +200,15 @@ def test_selection_ranges_touch_and_end_in_a_catch_all():
         groups.setdefault((entry.target, entry.weight_format), []).append(entry)
     assert {target for target, _ in groups} >= {"x86-64", "x86-64-v3", "sm90a", "sm120a"}
     for entries in groups.values():
-        assert entries[0].min_rows_per_expert == 0 and entries[-1].max_rows_per_expert is None
-        for left, right in zip(entries, entries[1:], strict=False):
-            assert left.max_rows_per_expert == right.min_rows_per_expert
+        assert_ranges_touch([(e.min_rows_per_expert, e.max_rows_per_expert) for e in entries])
+        for i, (name, *_) in enumerate(entries[0].device_ranges):
+            assert all(e.device_ranges[i][0] == name for e in entries)
+            assert_ranges_touch([tuple(e.device_ranges[i][1:]) for e in entries if e.device_ranges[i][2] != 0])
+
+
+def assert_ranges_touch(ranges):
+    assert ranges[0][0] == 0 and ranges[-1][1] is None
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("target", targets_of(torch.device("cpu")))

@@ -79,6 +79,32 @@ def test_manifest_has_the_recorded_limits(target):
         assert limits == crossovers.recorded_limits(target, sorted(limits))
 
 
+@pytest.mark.parametrize("target", ["sm90a"])
+def test_manifest_has_the_limits_of_other_gpus(target):
+    entries = [e for e in loader.manifest().entries if e.target == target and e.accumulation != "fp8"]
+    for weight_format in ("mxfp4", "nvfp4"):
+        mine = [e for e in entries if e.weight_format == weight_format]
+        written = {}
+        for entry in mine:
+            for name, low, high in entry.device_ranges:
+                if high != 0:
+                    written.setdefault(name, {})[entry.tile_m] = low
+        assert written == crossovers.limits_of_others(target, sorted(e.tile_m for e in mine))
+
+
+def test_another_gpu_has_a_table_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(loader, "data_dir", lambda name: tmp_path)
+    table = tmp_path / "sm90a" / "crossovers.json"
+    assert crossovers.path_of("sm90a", "NVIDIA H200") == table and crossovers.limits_of_others("sm90a", [8]) == {}
+    for gpu, rows in (("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H200", 2)):
+        crossovers.write("sm90a", gpu, [record(1, m8=1, m16=2), record(rows * 4, m8=2, m16=1)],
+                         crossovers.path_of("sm90a", gpu))  # fmt: skip
+    assert crossovers.path_of("sm90a", "NVIDIA H100 80GB HBM3") == table
+    assert crossovers.path_of("sm90a", "NVIDIA H200") == table.with_name("crossovers_nvidia_h200.json")
+    assert crossovers.recorded_limits("sm90a", [8, 16]) == {8: 0, 16: 2}
+    assert crossovers.limits_of_others("sm90a", [8, 16]) == {"NVIDIA H200": {8: 0, 16: pytest.approx(8**0.5, abs=1e-3)}}
+
+
 def test_measures_and_keeps_other_shapes(monkeypatch, tmp_path, capsys):
     tiny = dict(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2, routing_method="Renormalize")
     monkeypatch.setattr(shapes, "shapes", lambda: dict(tiny=tiny, other=tiny))

@@ -35,6 +35,7 @@ def nothing_allowed(monkeypatch):
     """As a user's environment is; and nothing remembered from one test to the next."""
     for name in (select.ALLOW_UNVERIFIED, select.FP8):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(select, "name_of", lambda device: "")  # of GPUs that are not there
     caches = (torch_op.selected_plan, torch_op._warn_once, select.targets_of)
     for cache in caches:
         cache.cache_clear()
@@ -98,6 +99,20 @@ def test_range_of_rows_decides_the_tile():
     source = made_up(sm90a="measured")
     tiles = [select.select(source, ("sm90a",), problem(num_tokens=n)).tile_m for n in (8, 15, 16, 200)]
     assert tiles == [8, 8, 64, 64]  # 8 experts, 2 slots: 4 rows an expert from 16 tokens on
+
+
+def test_a_gpu_that_was_measured_apart_has_its_own_ranges(monkeypatch):
+    source = made_up(sm90a="measured")
+    short, tall = source.entries
+    apart = [dataclasses.replace(short, device_ranges=(("NVIDIA H200", 0, 2),))]
+    apart += [dataclasses.replace(tall, device_ranges=(("NVIDIA H200", 2, None),))]
+    source = Manifest(source.folder, source.files, tuple(apart))
+
+    def tiles(name: str) -> list[int]:
+        monkeypatch.setattr(select, "name_of", lambda device: name)
+        return [select.select(source, ("sm90a",), problem(num_tokens=n)).tile_m for n in (7, 8, 15, 16)]
+
+    assert tiles("NVIDIA H200") == [8, 64, 64, 64] and tiles("NVIDIA H100 80GB HBM3") == tiles("") == [8, 8, 8, 64]
 
 
 @pytest.mark.parametrize("value, target", [(None, "sm80"), ("0", "sm80"), ("1", "sm100a")])

@@ -62,7 +62,8 @@ FEW_TOKENS = {
     "relu2": dict(num_tokens=2, activation=ActivationType.Relu2),
     "top_32": dict(num_tokens=2, num_experts=64, top_k=32, hidden_size=96),
     "experts_5_to_11": dict(num_tokens=2, local_expert_offset=5, local_num_experts=7),
-    "hardly_ours": dict(num_tokens=1, local_expert_offset=15, local_num_experts=1, hidden_size=96),
+    "none_ours": dict(num_tokens=2, top_k=1, local_expert_offset=15, local_num_experts=1, hidden_size=1056),
+    "hardly_ours": dict(num_tokens=1, local_expert_offset=14, local_num_experts=1, hidden_size=96),
     "three_tokens": dict(num_tokens=3, hidden_size=416, intermediate_size=352),
     "nvfp4_weights": dict(num_tokens=1, weight_format=NV, hidden_size=288, intermediate_size=1120),
     "mxfp8": dict(num_tokens=1, activation_format=A.mxfp8, hidden_size=288),
@@ -117,13 +118,19 @@ def entry(weight_format: WeightFormat, tile_m: int):
     return tvm_ffi.load_module(str(path))[f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}"]
 
 
-def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None) -> list[torch.Tensor]:
-    """Run one variant (``function``, or that of the artifacts) on poisoned workspace and results; the ids are the last."""
+def call(
+    case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None, output_width: int | None = None
+) -> list[torch.Tensor]:
+    """Run one variant (``function``, or that of the artifacts) on poisoned workspace and results; the ids are the last.
+
+    ``output_width`` are the columns of the output, if they are fewer than the hidden size.
+    """
     tokens, hidden_size, pairs = case.num_tokens, case.hidden_size, case.num_tokens * case.top_k
+    output_width = output_width or hidden_size
     make = functools.partial(torch.empty, device=kwargs["hidden_states"].device)
     ids = poison(make(tokens, case.top_k, dtype=torch.int16))
     if do_finalize:
-        results = {"output": poison(make(tokens, hidden_size, dtype=torch.bfloat16))}
+        results = {"output": poison(make(tokens, output_width, dtype=torch.bfloat16))}
     else:
         rows = tile_m * max_num_tiles(pairs, case.num_local_experts, tile_m)
         results = {
@@ -137,7 +144,7 @@ def call(case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None
     ints = kwargs | dict(
         num_tokens=tokens,
         hidden_size=hidden_size,
-        output_hidden_size=hidden_size,
+        output_hidden_size=output_width,
         n_group=kwargs["n_group"] or 0,
         topk_group=kwargs["topk_group"] or 0,
         routing_method=kwargs["routing_method_type"],
@@ -271,11 +278,23 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
-@pytest.mark.parametrize("case_name", ["gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "mxfp8"])
+@pytest.mark.parametrize(
+    "case_name", ["gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8"]
+)
 @pytest.mark.parametrize("name", ["ks_4", "ks_4_early"])
 def test_simulated_pair_matches_reference(name, case_name, folder):
     """CTA after CTA, so what one waits for must not be left to another."""
     check_simulated(name, BASE, FEW_TOKENS[case_name], folder)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("width", [64, 72, 197])
+def test_simulated_pair_writes_a_narrow_output(width, folder):
+    case = Case(**vars(BASE) | dict(num_tokens=2, hidden_size=224))
+    kwargs = make_case(case)
+    function = simulated(MX, 8, False, folder)
+    output, _ = call(case, kwargs, 8, do_finalize=True, function=function, output_width=width)
+    assert rel_l2(output, moe_ref(**kwargs)[0][:, :width]) < 1e-3
 
 
 def check_simulated(name: str, base: Case, changes: dict, folder) -> None:
@@ -284,7 +303,9 @@ def check_simulated(name: str, base: Case, changes: dict, folder) -> None:
     kwargs = make_case(case)
     function = simulated(weight_format, tile_m, early, folder)
     output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
-    assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-3
+    expected = moe_ref(**kwargs)[0]
+    assert bool(expected.any()) == (changes is not FEW_TOKENS["none_ours"])
+    assert rel_l2(output, expected) < 1e-3
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")

@@ -6,12 +6,13 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import tvm
@@ -20,7 +21,7 @@ import tvm_ffi
 from tvmmoe import loader, relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.crossovers import path_of, recorded_limits
+from tvmmoe.crossovers import limits_of_others, path_of, recorded_limits
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.select import VERIFIED
@@ -98,27 +99,35 @@ def selection_rows(
     min_rows_per_expert: Mapping[int, float],
     symbols: dict[int, str],
     file: str,
+    others: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Manifest entries (loader.Entry) of a weight format, by tile height: ranges touch and end in a catch-all.
-
-    A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
-    """
-    used = sorted(tile_m for tile_m in symbols if tile_m in min_rows_per_expert)
-    limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
-    ranges = dict(zip(used, zip(limits, limits[1:], strict=False), strict=True))
+    """Manifest entries (loader.Entry) of a weight format, by tile height; ``others`` are limits by a GPU's name."""
+    ranges = ranges_of(min_rows_per_expert, symbols)
+    of_others = {name: ranges_of(limits, symbols) for name, limits in others.items()}
     return [
         {
             "target": target,
             "weight_format": weight_format.name,
             "activation_formats": activation_formats,
             "tile_m": tile_m,
-            "min_rows_per_expert": ranges.get(tile_m, (0, 0))[0],
-            "max_rows_per_expert": ranges.get(tile_m, (0, 0))[1],
+            "min_rows_per_expert": ranges[tile_m][0],
+            "max_rows_per_expert": ranges[tile_m][1],
             "symbol": symbol,
             "file": file,
+            **({"device_ranges": [[name, *own[tile_m]] for name, own in of_others.items()]} if others else {}),
         }
         for tile_m, symbol in symbols.items()
     ]
+
+
+def ranges_of(min_rows_per_expert: Mapping[int, float], tiles: Iterable[int]) -> dict[int, tuple[float, float | None]]:
+    """Range of every tile height: they touch and end in a catch-all.
+
+    A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
+    """
+    used = sorted(tile_m for tile_m in tiles if tile_m in min_rows_per_expert)
+    limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
+    return dict.fromkeys(tiles, (0, 0)) | dict(zip(used, itertools.pairwise(limits), strict=True))
 
 
 def cpu_functions() -> dict[str, Any]:
@@ -202,7 +211,8 @@ def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[
         files[file] = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
         symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format)}
         formats = target.activation_formats(weight_format)
-        entries += selection_rows(target.name, weight_format, formats, limits_of(target, symbols), symbols, file)
+        limits, others = limits_of(target, symbols), limits_of_others(target.name, list(symbols))
+        entries += selection_rows(target.name, weight_format, formats, limits, symbols, file, others)
     return files, entries
 
 

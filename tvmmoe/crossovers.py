@@ -2,14 +2,15 @@
 """From how many rows an expert on each tile height is the fastest: ``python -m tvmmoe.crossovers``.
 
 Times every tile of this machine's artifacts over a range of rows per expert, checked and with cold weights as in the
-benchmark, and keeps the table in schedules/<target>/crossovers.json. ``python -m tvmmoe.build`` makes the ranges of the
-manifest from it.
+benchmark, and keeps the table in schedules/<target>/crossovers.json, or that of another GPU of the target in
+crossovers_<name>.json beside it. ``python -m tvmmoe.build`` makes the ranges of the manifest from them.
 """
 
 import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -40,9 +41,12 @@ ROUNDS = {"cuda": 5, "cpu": 3}
 Record = dict[str, Any]  # shape, mode, rows_per_expert, num_tokens, us by tile height
 
 
-def path_of(target: str) -> Path:
-    """Where a target's table is kept."""
-    return loader.data_dir("schedules") / target / "crossovers.json"
+def path_of(target: str, gpu: str | None = None) -> Path:
+    """Where a target's table is kept; that of ``gpu`` beside it, if it is of another one."""
+    path = loader.data_dir("schedules") / target / "crossovers.json"
+    if gpu is None or not path.is_file() or json.loads(path.read_text())["device"] == gpu:
+        return path
+    return path.with_name(f"crossovers_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json")
 
 
 def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict[int, float]:
@@ -83,6 +87,12 @@ def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
     """:func:`min_rows_per_expert` of the table that ships for ``target``, over all its shapes and modes: a limit of one
     weight format alone would rest on too few shapes, and costs at most a few percent more."""
     return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
+
+
+def limits_of_others(target: str, tiles: Sequence[int]) -> dict[str, dict[int, float]]:
+    """The same by name of every GPU that has a table of its own."""
+    tables = (json.loads(path.read_text()) for path in sorted(path_of(target).parent.glob("crossovers_*.json")))
+    return {table["device"]: min_rows_per_expert(table["rows"], tiles) for table in tables}
 
 
 def target_of(device: torch.device) -> str:
@@ -154,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mode", default="bf16-mxfp4", choices=MODES)
     parser.add_argument("--rows", help="rows per expert, several with commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json")
+    parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json, or with the GPU's name")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -170,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows: got {options.rows!r}, expected numbers separated by commas")
     records: list[Record] = []
     try:
-        path = options.out or path_of(target)
+        path = options.out or path_of(target, name if device.type == "cuda" else None)
         write(target, name, [], path)  # refuses before the work, not after it
         for shape in shapes:
             for record in measure(shape, MODES[options.mode], grid, device):

@@ -48,10 +48,14 @@ def report(device: torch.device) -> dict[str, object]:
         "artifacts": artifacts,
         "entries": [
             f"{e.target} {'/'.join(e.activation_formats)} x {e.weight_format}: rows per expert "
-            f"[{e.min_rows_per_expert}, {e.max_rows_per_expert}) -> {e.symbol}{_condition(e)}"
+            f"[{e.min_rows_per_expert}, {e.max_rows_per_expert}){_on_others(e)} -> {e.symbol}{_condition(e)}"
             for e in source.entries
         ],
     }
+
+
+def _on_others(entry: loader.Entry) -> str:
+    return "".join(f", on {name} [{low}, {high})" for name, low, high in entry.device_ranges)
 
 
 def _condition(entry: loader.Entry) -> str:

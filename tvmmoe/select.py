@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which artifact entry serves a call: a look-up in the manifest's table, never a timing at run time.
 
-The first target of the device that has an entry for the call serves it, unless its file is not verified well enough:
+The first target of the device that has an entry for the call serves it; a GPU of the target that was measured apart has
+ranges of its own, by its name. Unless its file is not verified well enough:
 
     measured    the gpu suite has passed on a chip of the target
     emulated    it has passed on another chip, in a build where a function of the same registers stands for the tensor
@@ -70,6 +71,12 @@ def is_asked_for(entry: Entry) -> bool:
     return entry.accumulation != "fp8" or os.environ.get(FP8) == "1"
 
 
+@functools.cache
+def name_of(device: torch.device) -> str:
+    """A GPU's name, as ranges are kept by; of anything else none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entry:
     """The entry for this call on the first of ``targets`` that has an allowed one.
 
@@ -79,7 +86,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
         Nothing in the manifest runs there; names the device, what is shipped, and the command that builds it. Or what
         runs there has never been run: names the file, and what allows it.
     """
-    rows = rows_per_expert(problem)
+    rows, name = rows_per_expert(problem), name_of(problem.device)
     mode = f"{problem.activation_format.name} x {problem.weight_format.name}"
     skipped = None
     for target in targets:
@@ -88,7 +95,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
                 entry.target == target
                 and entry.weight_format == problem.weight_format.name
                 and problem.activation_format.name in entry.activation_formats
-                and entry.covers(rows)
+                and entry.covers(rows, name)
                 and is_asked_for(entry)
             ):
                 if is_allowed(source.files[entry.file]["verified"]):

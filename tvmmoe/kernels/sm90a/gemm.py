@@ -135,7 +135,7 @@ class GroupedGemm(Epilogue):
 
     def _k_steps(self, p):
         k_stage = K_BLOCK * self.c.k_blocks
-        return let(cast((p.k + k_stage - 1) // k_stage, "int32"))
+        return let((cast(p.k, "int32") + (k_stage - 1)) // k_stage)
 
     def _begin(self, p, weight_map, token_map, k_steps) -> Work:
         c, row_bytes = self.c, p.k // self.c.weight_format.block_size
@@ -387,14 +387,19 @@ class GroupedGemm(Epilogue):
         """Where this thread's rows and their scales are in a stage."""
         c = self.c
         # [mi][r]: fragment rows of this thread, the same in every tile
-        self.rows = [[let(self.p.fragment_row(self, mi, r)) for r in range(2)] for mi in range(c.mi)]
+        first = let(self.p.first_row(self))
+        self.rows = [[first + offset for offset in pair] for pair in self._row_offsets()]
         # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 4 rows, so only the
         # row's number modulo 4 matters; rows clamped into the tensor may read other bytes, their results are dropped.
         skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
         per_warpgroup = self.per_warpgroup * c.scale_bytes
-        # Offset in a stage of each row's first scale of this thread
-        self.scale_offsets = [
-            let(row * self.pitch_of_scales + skew + self.k_sub * per_warpgroup + self.quad * (c.scale_bytes // 4))
+        # Addresses in the first stage: of the first row's first words of this thread, and of each row's scales. ptxas would
+        # compute them again for every K block if they did not come from a shuffle.
+        words = self.k_sub * (self.per_warpgroup * self.w_block) + first * (K_BLOCK // 2) + self.quad * 16
+        self.word_place = self._kept(cuda.cvta_generic_to_shared(self.ws.ptr_to([words])))
+        scales = let(self.k_sub * per_warpgroup + self.quad * (c.scale_bytes // 4))
+        self.scale_places = [
+            self._kept(cuda.cvta_generic_to_shared(self.ss.ptr_to([row * self.pitch_of_scales + skew + scales])))
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
 
@@ -442,29 +447,45 @@ class GroupedGemm(Epilogue):
         """Number of this warpgroup's 64-row fragment in the tile."""
         return self.row_group * self.c.mi + mi
 
-    def _load_scales(self, block: int):
+    def _load_words(self, offset) -> None:
+        """Weights of a K block of this thread's rows, ``offset`` bytes past the first one of a stage."""
+        first = let(self.word_place + offset)
+        for offsets, words in zip(self._row_offsets(), self.words, strict=True):
+            for rows, into in zip(offsets, words, strict=True):
+                load_vec4(first + u32(rows * (K_BLOCK // 2)), "shared", into=into)
+
+    def _row_offsets(self) -> list[list[int]]:
+        """[mi][r]: from this thread's first fragment row to the others."""
+        per_fragment, to_other = self.p.row_steps(self.c)
+        return [[mi * per_fragment + r * to_other for r in range(2)] for mi in range(self.c.mi)]
+
+    def _kept(self, value):
+        """``value``, in a register that ptxas cannot compute again."""
+        return let(shuffle(let(value), self.thread.lane))
+
+    def _load_scales(self, offset) -> list:
+        """And their scales."""
         dtype = "uint8" if self.c.weight_format == WeightFormat.mxfp4 else "uint16"
-        base = self.stage * self.s_stage + block * self.c.scale_bytes
-        return [load(dtype, self.ss.ptr_to([base + offset]), "shared") for offset in self.scale_offsets]
+        return [load(dtype, place + offset, "shared") for place in self.scale_places]
 
     def _multiply_stage(self, width: int) -> None:
         """This warpgroup's K blocks of a stage."""
-        first = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
-        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers.
+        c, first = self.c, self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
+        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers. What is added to all 64 bits
+        # costs one instruction a descriptor; a sum of low words, three more.
         low = let(shuffle(let(self.descriptor_base + cast(first, "uint32")), T.int32(0)))
+        descriptor = let(isa.shared_descriptor(low))
+        words = let(cast(self.stage, "uint32") * u32(self.w_stage))
+        scales = let(cast(self.stage, "uint32") * u32(self.s_stage))
         for block in range(self.per_warpgroup):
-            self._multiply_block(width, block, low + u32(block * (self.x_block // 16)))
+            self._load_words(let(words + u32(block * self.w_block)))
+            raw = self._load_scales(let(scales + u32(block * c.scale_bytes)))
+            self._multiply_block(width, block, raw, descriptor + T.uint64(block * (self.x_block // 16)))
         assign(self.previous, self.stage)
 
-    def _multiply_block(self, width: int, block: int, low) -> None:
+    def _multiply_block(self, width: int, block: int, raw, first) -> None:
         """One K block: 8 MMA steps; a word of weights feeds two, decoded while the previous pair multiplies."""
         c = self.c
-        raw = self._load_scales(block)
-        base = self.stage * self.w_stage + self.k_sub * (self.per_warpgroup * self.w_block) + block * self.w_block
-        for mi in range(c.mi):
-            for r in range(2):
-                offset = self.rows[mi][r] * (K_BLOCK // 2) + self.quad * 16
-                load_vec4(self.ws.ptr_to([base + offset]), "shared", into=self.words[mi][r])
         is_mx = c.weight_format == WeightFormat.mxfp4
         multipliers = isa.Ue8m0Multipliers(raw) if is_mx else isa.E4m3Multipliers(raw)
         per_group = c.words_per_group
@@ -475,7 +496,7 @@ class GroupedGemm(Epilogue):
             for step in range(2 * per_group):
                 j = word * 2 + step
                 offset = (j // 4) * (self.x_block // 2) + (j % 4) * 32
-                descriptor = isa.shared_descriptor(low + u32(offset >> 4))
+                descriptor = first + T.uint64(offset >> 4)
                 for mi in range(c.mi):
                     isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], descriptor, True)
             ptx.wgmma.commit_group.sync.aligned()

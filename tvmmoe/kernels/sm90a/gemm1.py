@@ -78,13 +78,17 @@ class Gemm1:
         half = smem_row // self.columns(c)
         return half * size + T.min(self._column(c, tile, smem_row), size - 1)
 
-    def fragment_row(self, gemm: GroupedGemm, mi: int, r: int):
-        """Row in shared memory of fragment row ``r`` of this thread."""
-        index = gemm.fragment(mi)
-        per_m, g, w = self.columns(gemm.c) // 16, gemm.group, gemm.warp4
+    def first_row(self, gemm: GroupedGemm):
+        """Row in shared memory of the first fragment row of this thread."""
+        per_m, index, g, w = self.columns(gemm.c) // 16, gemm.fragment(0), gemm.group, gemm.warp4
         if self.is_gated:
-            return g % 2 + 2 * index + per_m * (g // 2 + 4 * (w + 4 * r))
-        return g % 2 + 2 * (2 * index + w // 2) + per_m * (g // 2 + 4 * (2 * (w % 2) + r))
+            return g % 2 + 2 * index + per_m * (g // 2 + 4 * w)
+        return g % 2 + 2 * (2 * index + w // 2) + per_m * (g // 2 + 8 * (w % 2))
+
+    def row_steps(self, c: GemmConfig) -> tuple[int, int]:
+        """From a fragment to the next, and to the other fragment row."""
+        per_m = self.columns(c) // 16
+        return (2, 16 * per_m) if self.is_gated else (4, 4 * per_m)
 
     def row_modulo_4(self, gemm: GroupedGemm, r: int):
         """Weight row of fragment row ``r``, modulo 4."""

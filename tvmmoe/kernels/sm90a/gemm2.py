@@ -45,9 +45,11 @@ class Gemm2:
         """Weight row in the expert, clamped into the tensor."""
         return T.min(tile.row_block * c.rows + smem_row, cast(self.rows_per_expert, "int32") - 1)
 
-    def fragment_row(self, gemm: GroupedGemm, mi: int, r: int):
-        index = gemm.fragment(mi)
-        return index * 64 + gemm.warp4 * 16 + r * 8 + gemm.group
+    def first_row(self, gemm: GroupedGemm):
+        return gemm.fragment(0) * 64 + gemm.warp4 * 16 + gemm.group
+
+    def row_steps(self, c: GemmConfig) -> tuple[int, int]:
+        return 64, 8
 
     def row_modulo_4(self, gemm: GroupedGemm, r: int):
         return gemm.group % 4

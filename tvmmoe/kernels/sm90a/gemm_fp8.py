@@ -171,16 +171,12 @@ class Fp8Gemm(GroupedGemm):
         c, thread = self.c, self.thread
         self.warpgroup, self.warp4 = let(thread.warp // 4), let(thread.warp % 4)
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
-        self.row_group = self.warpgroup
+        self.row_group, self.k_sub = self.warpgroup, T.int32(0)
         self.acc, self.part = ([regs(self.acc_count, "float32") for _ in range(c.mi)] for _ in range(2))
         self.fragments = [[regs(4, "uint32") for _ in range(c.mi)] for _ in range(4)]
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
-        self.rows = [[let(self.p.fragment_row(self, mi, r)) for r in range(2)] for mi in range(c.mi)]
-        skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
-        self.scale_offsets = [
-            let(row * self.pitch_of_scales + skew) for pair in self.rows for row, skew in zip(pair, skews, strict=True)
-        ]
+        self._place_rows()
         self.scheduler.follow()
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
@@ -198,21 +194,18 @@ class Fp8Gemm(GroupedGemm):
             assign(self.turn, self.turn + 1)
             self.scheduler.advance()
 
-    def _load_words(self, block) -> None:
-        base = self.stage * self.w_stage + block * self.w_block + self.quad * 16
-        for mi in range(self.c.mi):
-            for r in range(2):
-                offset = base + self.rows[mi][r] * (K_BLOCK // 2)
-                load_vec4(self.ws.ptr_to([offset]), "shared", into=self.words[mi][r])
+    def _load_words_of(self, block) -> None:
+        self._load_words(let(cast(self.stage * self.w_stage + block * self.w_block, "uint32")))
 
     def _scale_byte(self, block, row: int, quad):
         """Of scale block ``quad`` of a K block, for the thread's fragment row number ``row``."""
-        offset = self.stage * self.s_stage + block * self.c.scale_bytes + self.scale_offsets[row] + quad
-        return load("uint8", self.ss.ptr_to([offset]), "shared")
+        offset = self.stage * self.s_stage + block * self.c.scale_bytes + (quad - self.quad)
+        return load("uint8", let(self.scale_places[row] + cast(offset, "uint32")), "shared")
 
     def _descriptors(self):
-        """Low word of the stage's descriptors, the same in every lane: in uniform registers after the shuffle."""
-        return let(shuffle(let(self.descriptor_base + cast(self.stage * (self.x_stage // 16), "uint32")), T.int32(0)))
+        """The stage's first descriptor, the same in every lane: in uniform registers after the shuffle."""
+        low = shuffle(let(self.descriptor_base + cast(self.stage * (self.x_stage // 16), "uint32")), T.int32(0))
+        return let(isa.shared_descriptor(let(low)))
 
     # Inside of the window.
 
@@ -246,9 +239,9 @@ class Fp8Gemm(GroupedGemm):
         """The K blocks of a stage, whose sums are then promoted. A block's four steps are one wgmma group: the other
         warpgroups' groups run beside what this one decodes and promotes, and ptxas serialises what is cut finer."""
         c = self.c
-        low = self._descriptors()
+        first = self._descriptors()
         for block in range(c.k_blocks):
-            self._load_words(block)
+            self._load_words_of(block)
             tables = [self._table_entry(block, row) for row in range(2 * c.mi)]
             for word, fragments in enumerate(self.fragments):
                 for mi in range(c.mi):
@@ -256,7 +249,7 @@ class Fp8Gemm(GroupedGemm):
                         fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r)
             ptx.wgmma.fence.sync.aligned()
             for word in range(4):
-                descriptor = isa.shared_descriptor(low + u32((block * self.x_block + word * 32) >> 4))
+                descriptor = first + T.uint64((block * self.x_block + word * 32) >> 4)
                 for mi in range(c.mi):
                     is_sum = block + word > 0
                     fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
@@ -286,12 +279,12 @@ class Fp8Gemm(GroupedGemm):
         last_block = let(cast(self.p.padded_k // K_BLOCK, "int32") - 1)
         with for_(self.k_steps) as step:
             cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-            low = self._descriptors()
+            first = self._descriptors()
             with for_(c.k_blocks) as block:
                 self._fetch_token_scales(tile, let(T.min(step * c.k_blocks + block, last_block)))
-                self._load_words(block)
+                self._load_words_of(block)
                 with for_(4) as quad:
-                    self._multiply_scale_block(block, quad, low)
+                    self._multiply_scale_block(block, quad, first)
             self._release(self.stage)
             self._advance()
 
@@ -306,7 +299,7 @@ class Fp8Gemm(GroupedGemm):
         I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
         self._warpgroup_sync()
 
-    def _multiply_scale_block(self, block, quad, low) -> None:
+    def _multiply_scale_block(self, block, quad, first_descriptor) -> None:
         c = self.c
         mine = let(T.Select(self.quad == quad, u32(0xFFFFFFFF), u32(0)))
         rows = [fp8.half_powers(self._scale_byte(block, row, quad)) for row in range(2 * c.mi)]
@@ -319,8 +312,8 @@ class Fp8Gemm(GroupedGemm):
                         masked = let(self.words[mi][r][word] & mine)  # nibbles 0 are zeros
                         fp8.decode_word(masked, [u32(half) for half in fp8.UNIT_TABLE], fragments[mi], r)
                 ptx.wgmma.fence.sync.aligned()
-                offset = cast(block, "uint32") * u32(self.x_block) + u32(first * 128 + word * 32)
-                descriptor = isa.shared_descriptor(low + (offset >> u32(4)))
+                offset = cast(block, "uint64") * T.uint64(self.x_block // 16) + T.uint64((first * 128 + word * 32) // 16)
+                descriptor = first_descriptor + offset
                 for mi in range(c.mi):
                     fp8.wgmma(EXACT_TOKENS, self.part[mi], fragments[mi], descriptor, word > 0)
                 ptx.wgmma.commit_group.sync.aligned()

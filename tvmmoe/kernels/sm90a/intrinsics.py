@@ -56,7 +56,7 @@ def copy_async(destination, source, size: int, num_bytes) -> None:
 
 def shared_descriptor_base(pointer):
     """Low word of the wgmma descriptor of a K-major tile, 128-byte swizzle, at ``pointer`` (16-byte units, LBO 1)."""
-    return ((cuda.cvta_generic_to_shared(pointer) >> u32(4)) & u32(0x3FFF)) | u32(0x10000)
+    return (cuda.cvta_generic_to_shared(pointer) >> u32(4)) + u32(0x10000)
 
 
 def shared_descriptor(low_word):

@@ -209,7 +209,8 @@ class PairScheduler(TileScheduler):
         """As :meth:`begin`, for a list that the kernel before this one wrote."""
         self.begin(row_blocks, is_list_fresh=True)  # of few tiles: one line
         self.second_row_blocks, self.num_of_first = let(second_row_blocks), self.num_items
-        self.num_items = let(self.num_of_first + self._num_tiles() * self.second_row_blocks)
+        self.num_tiles = let(self._num_tiles())
+        self.num_items = let(self.num_of_first + self.num_tiles * self.second_row_blocks)
 
     def _first_tile(self):
         return T.int32(0)
