@@ -115,13 +115,8 @@ def test_cuda_entries_are_what_the_build_writes(target):
     pytest.importorskip("tvm")
     from tvmmoe import build
 
-    record = build.CUDA_TARGETS[target]
-    for entry in (e for e in MANIFEST.entries if e.target == target and e.accumulation != "fp8"):
-        weight_format = WeightFormat[entry.weight_format]
-        assert list(entry.activation_formats) == record.activation_formats(weight_format)
-        tiles = sorted(e.tile_m for e in MANIFEST.entries if (e.file, e.target) == (entry.file, target))
-        if entry.max_rows_per_expert != 0:
-            assert build.limits_of(record, tiles)[entry.tile_m] == entry.min_rows_per_expert
+    _, rows = build.cuda_records(build.CUDA_TARGETS[target], MANIFEST.folder, "measured")
+    assert [loader.entry_of(row) for row in rows] == [entry for entry in MANIFEST.entries if entry.target == target]
 
 
 @pytest.mark.parametrize("target", CUDA_FILES)
@@ -195,20 +190,18 @@ def test_wheel_has_every_folder_of_artifacts_and_kernels():
 def test_selection_ranges_touch_and_end_in_a_catch_all():
     groups = {}
     for entry in MANIFEST.entries:
-        if entry.max_rows_per_expert == 0 or entry.accumulation == "fp8":  # nothing, or not everything
+        if entry.accumulation == "fp8":  # for its own loads alone
             continue
-        groups.setdefault((entry.target, entry.weight_format), []).append(entry)
-    assert {target for target, _ in groups} >= {"x86-64", "x86-64-v3", "sm90a", "sm120a"}
-    for entries in groups.values():
-        assert_ranges_touch([(e.min_rows_per_expert, e.max_rows_per_expert) for e in entries])
-        for i, (name, *_) in enumerate(entries[0].device_ranges):
-            assert all(e.device_ranges[i][0] == name for e in entries)
-            assert_ranges_touch([tuple(e.device_ranges[i][1:]) for e in entries if e.device_ranges[i][2] != 0])
-
-
-def assert_ranges_touch(ranges):
-    assert ranges[0][0] == 0 and ranges[-1][1] is None
-    assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
+        ranges = [("", entry.min_rows_per_expert, entry.max_rows_per_expert), *entry.device_ranges]
+        for gpu, low, high in ranges:
+            groups.setdefault((entry.target, entry.weight_format, gpu), []).append((low, high))
+    assert {target for target, *_ in groups} >= {"x86-64", "x86-64-v3", "sm90a", "sm120a"}
+    assert ("sm90a", "mxfp4", "NVIDIA H200") in groups
+    for (target, weight_format, _), ranges in groups.items():
+        assert len(ranges) == len(groups[target, weight_format, ""])
+        used = [(low, high) for low, high in ranges if high != 0]
+        assert used[0][0] == 0 and used[-1][1] is None
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(used))
 
 
 @pytest.mark.parametrize("target", targets_of(torch.device("cpu")))
@@ -243,7 +236,7 @@ def test_other_abi_is_refused(tmp_path):
 
 
 def test_device_without_artifact_is_named(monkeypatch):
-    monkeypatch.setattr(torch_op, "select", lambda source, targets, problem: select(source, ("sm75a",), problem))
+    monkeypatch.setattr(torch_op, "select", lambda source, targets, problem, gpu: select(source, ("sm75a",), problem))
     torch_op.selected_plan.cache_clear()
     with pytest.raises(tvmmoe.UnsupportedError, match="no bf16 x mxfp4 artifact for sm75a; shipped: .*--target sm75a"):
         op.workspace_bytes(1, 64, 64, 4, 2)

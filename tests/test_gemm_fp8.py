@@ -5,6 +5,7 @@ Hard inputs change scales of a random call. Those outside of the window must be 
 show whether rows and tokens outside are found, and what is then done with them.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -294,11 +295,13 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def simulated(early: bool, folder):
-    """The packed function on three CTAs, compiled for this CPU."""
-    path = folder / f"fp8_{early}.so"
+def simulated(early: bool, folder, cluster: int = 1):
+    """The packed function on three CTAs, or two clusters, compiled for this CPU."""
+    path = folder / f"fp8_{early}_{cluster}.so"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_scheduler, "NUM_CTAS", 3)
+        patch.setattr(tile_scheduler, "NUM_CTAS", 3 if cluster == 1 else 2 * cluster)
+        for name in ("GEMM1", "GEMM2"):
+            patch.setattr(operator_fp8, name, dataclasses.replace(getattr(operator_fp8, name), cluster=cluster))
         source = build.fp8_source.__wrapped__()
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[operator_fp8.SYMBOL]
@@ -320,6 +323,11 @@ class TestSimulatedOperator:
     @pytest.mark.parametrize("name", ["plain", "two_rows_outside"])
     def test_early_copies(self, name, folder):
         check(run_function(simulated(True, folder)), BASE, name, SMALL_TOLERANCE)
+
+    @pytest.mark.parametrize("name", ["plain", "two_rows_outside"])
+    def test_tokens_may_be_shared_by_a_cluster(self, name, folder):
+        """Not what ships, but what is to be measured next (schedules/notes.md)."""
+        check(run_function(simulated(True, folder, cluster=2)), BASE, name, SMALL_TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------------------ on the GPU

@@ -136,3 +136,15 @@ def test_shape_with_missing_fields_is_one_line(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_missing_cuda_device_is_one_line(capsys):
     assert error(capsys, "--device", "cuda", "--shape", "gpt-oss-20b").startswith("--device: got cuda, but torch sees no ")
+
+
+def test_selection_is_by_the_gpus_own_ranges(monkeypatch, capsys):
+    """README: what a call would select, here or elsewhere."""
+    monkeypatch.setattr(info, "targets_of", lambda device: ("sm90a",))
+    shown = {}
+    for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        monkeypatch.setattr(info, "gpu_name", lambda device, gpu=gpu: gpu)
+        (row,) = json.loads(printed(capsys, "--device", "cpu", "--shape", "Qwen3-235B-A22B", "--tokens", "256", "--json"))
+        shown[gpu] = row["tile_m"]
+    (row,) = json.loads(printed(capsys, "--target", "sm90a", "--shape", "Qwen3-235B-A22B", "--tokens", "256", "--json"))
+    assert shown == {"NVIDIA H100 80GB HBM3": row["tile_m"], "NVIDIA H200": 64} and row["tile_m"] != 64

@@ -19,11 +19,13 @@ pytest.importorskip("tvm")
 from tvmmoe.kernels.sm90a import build, gemm, simulate, tile_scheduler  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
-# (weight format, tile, tokens, intermediate size): some tiles a CTA, whose numbers of K blocks are no multiple of a stage's.
+# (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5) and gemm2 (5 or 9) are no multiple
+# of a stage's, where a stage has several.
 KERNELS = {
-    "m8": (MX, 8, 24, 1056), "m8_nvfp4": (NV, 8, 24, 1056), "m8_short": (MX, 8, 40, 416), "m16": (NV, 16, 30, 1056),
-    "m16_short": (MX, 16, 40, 416), "m32": (MX, 32, 60, 416), "m64": (MX, 64, 100, 416), "m96": (NV, 96, 150, 416),
-    "m256_cluster": (MX, 256, 300, 416), "pair": (MX, 8, 2, 416), "pair_nvfp4": (NV, 8, 1, 416),
+    "m8": (MX, 8, 24, 1056), "m8_nvfp4": (NV, 8, 24, 1056), "m8_short": (MX, 8, 40, 544),
+    "m8_short_nvfp4": (NV, 8, 24, 544), "m16": (NV, 16, 30, 1056),
+    "m16_short": (MX, 16, 40, 544), "m32": (MX, 32, 60, 544), "m64": (MX, 64, 100, 544), "m96": (NV, 96, 150, 544),
+    "m256_cluster": (MX, 256, 300, 544), "pair": (MX, 8, 2, 544), "pair_nvfp4": (NV, 8, 1, 544),
 }  # fmt: skip
 SIZES = dict(hidden_size=544, has_gemm1_bias=True)
 

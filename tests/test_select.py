@@ -30,13 +30,17 @@ TARGETS = {
 }
 
 
+# GPUs that are not there.
+NAMES = {torch.device("cuda", 0): "NVIDIA H100 80GB HBM3", torch.device("cuda", 1): "NVIDIA H200"}
+
+
 @pytest.fixture(autouse=True)
 def nothing_allowed(monkeypatch):
     """As a user's environment is; and nothing remembered from one test to the next."""
     for name in (select.ALLOW_UNVERIFIED, select.FP8):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(select, "name_of", lambda device: "")  # of GPUs that are not there
-    caches = (torch_op.selected_plan, torch_op._warn_once, select.targets_of)
+    monkeypatch.setattr(torch.cuda, "get_device_name", NAMES.get)
+    caches = (torch_op.selected_plan, torch_op._warn_once, select.targets_of, select.gpu_name)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -107,12 +111,14 @@ def test_a_gpu_that_was_measured_apart_has_its_own_ranges(monkeypatch):
     apart = [dataclasses.replace(short, device_ranges=(("NVIDIA H200", 0, 2),))]
     apart += [dataclasses.replace(tall, device_ranges=(("NVIDIA H200", 2, None),))]
     source = Manifest(source.folder, source.files, tuple(apart))
+    monkeypatch.setattr(loader, "manifest", lambda: source)
+    monkeypatch.setattr(select, "targets_of", lambda device: ("sm90a",))
+    monkeypatch.setattr(torch_op, "targets_of", select.targets_of)
 
-    def tiles(name: str) -> list[int]:
-        monkeypatch.setattr(select, "name_of", lambda device: name)
-        return [select.select(source, ("sm90a",), problem(num_tokens=n)).tile_m for n in (7, 8, 15, 16)]
+    def tiles(device: str) -> list[int]:
+        return [torch_op.selected_entry(problem(num_tokens=n, device=device)).tile_m for n in (7, 8, 15, 16)]
 
-    assert tiles("NVIDIA H200") == [8, 64, 64, 64] and tiles("NVIDIA H100 80GB HBM3") == tiles("") == [8, 8, 8, 64]
+    assert tiles("cuda:1") == [8, 64, 64, 64] and tiles("cuda:0") == tiles("cpu") == [8, 8, 8, 64]
 
 
 @pytest.mark.parametrize("value, target", [(None, "sm80"), ("0", "sm80"), ("1", "sm100a")])

@@ -150,7 +150,7 @@ def test_tensors_of_another_device_than_the_current():
 
 def test_gpu_without_artifact_names_itself_and_the_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # older than anything compiled
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    monkeypatch.setattr(torch_op, "gpu_name", lambda device: "NVIDIA T4")
     problem = torch_op.validate(**{**DEFAULTS, **make_case(num_tokens=2)})
     with pytest.raises(tvmmoe.UnsupportedError, match=r"for sm75, expected sm80 or newer; shipped: .*sm90a"):
         torch_op.selected_entry(dataclasses.replace(problem, device=torch.device("cuda:7")))

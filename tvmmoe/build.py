@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import tvm
@@ -99,11 +99,11 @@ def selection_rows(
     min_rows_per_expert: Mapping[int, float],
     symbols: dict[int, str],
     file: str,
-    others: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    others: Mapping[str, Mapping[int, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Manifest entries (loader.Entry) of a weight format, by tile height; ``others`` are limits by a GPU's name."""
     ranges = ranges_of(min_rows_per_expert, symbols)
-    of_others = {name: ranges_of(limits, symbols) for name, limits in others.items()}
+    of_others = {name: ranges_of(limits, symbols) for name, limits in (others or {}).items()}
     return [
         {
             "target": target,
@@ -114,7 +114,7 @@ def selection_rows(
             "max_rows_per_expert": ranges[tile_m][1],
             "symbol": symbol,
             "file": file,
-            **({"device_ranges": [[name, *own[tile_m]] for name, own in of_others.items()]} if others else {}),
+            "device_ranges": [[name, *own[tile_m]] for name, own in of_others.items()],
         }
         for tile_m, symbol in symbols.items()
     ]

@@ -42,7 +42,7 @@ Record = dict[str, Any]  # shape, mode, rows_per_expert, num_tokens, us by tile 
 
 
 def path_of(target: str, gpu: str | None = None) -> Path:
-    """Where a target's table is kept; that of ``gpu`` beside it, if it is of another one."""
+    """Where a target's table is kept: crossovers.json, or crossovers_<gpu>.json if that was measured on another GPU."""
     path = loader.data_dir("schedules") / target / "crossovers.json"
     if gpu is None or not path.is_file() or json.loads(path.read_text())["device"] == gpu:
         return path
@@ -90,9 +90,23 @@ def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
 
 
 def limits_of_others(target: str, tiles: Sequence[int]) -> dict[str, dict[int, float]]:
-    """The same by name of every GPU that has a table of its own."""
-    tables = (json.loads(path.read_text()) for path in sorted(path_of(target).parent.glob("crossovers_*.json")))
-    return {table["device"]: min_rows_per_expert(table["rows"], tiles) for table in tables}
+    """The same by name of every GPU that has a table of its own.
+
+    Raises
+    ------
+    ArgumentError
+        A table is empty, or of a GPU that has another one.
+    """
+    first = path_of(target)
+    seen, limits = {json.loads(first.read_text())["device"]} if first.is_file() else set(), {}
+    for path in sorted(first.parent.glob("crossovers_*.json")):
+        table = json.loads(path.read_text())
+        if not table["rows"] or table["device"] in seen:
+            got = f"{len(table['rows'])} rows of {table['device']}"
+            raise ArgumentError(f"{path}: got {got}, expected at least one, and no second table of a GPU")
+        seen.add(table["device"])
+        limits[table["device"]] = min_rows_per_expert(table["rows"], tiles)
+    return limits
 
 
 def target_of(device: torch.device) -> str:
@@ -138,6 +152,16 @@ def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: tor
         yield dict(shape=name, mode="-".join(mode), rows_per_expert=rows, num_tokens=num_tokens, us=us)
 
 
+def recorded(path: Path, device_name: str) -> list[Record]:
+    """What a table holds so far; raises ArgumentError if it was measured on another device."""
+    if not path.is_file():
+        return []
+    table = json.loads(path.read_text())
+    if table["device"] != device_name:
+        raise ArgumentError(f"{path} holds records of {table['device']}, this is {device_name}; name another file with --out")
+    return table["rows"]
+
+
 def write(target: str, device_name: str, records: list[Record], path: Path) -> None:
     """Replace the records of the measured shapes and modes; those of another device are not touched, but refused.
 
@@ -146,11 +170,9 @@ def write(target: str, device_name: str, records: list[Record], path: Path) -> N
     ArgumentError
         The table was measured on another device.
     """
-    old = json.loads(path.read_text()) if path.is_file() else dict(device=device_name, rows=[])
-    if old["device"] != device_name:
-        raise ArgumentError(f"{path} holds records of {old['device']}, this is {device_name}; name another file with --out")
+    old = recorded(path, device_name)
     measured = {(r["shape"], r["mode"]) for r in records}
-    rows = [r for r in old["rows"] if (r["shape"], r["mode"]) not in measured] + records
+    rows = [r for r in old if (r["shape"], r["mode"]) not in measured] + records
     head = dict(target=target, device=device_name, date=time.strftime("%Y-%m-%d"))
     lines = ",\n ".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     records: list[Record] = []
     try:
         path = options.out or path_of(target, name if device.type == "cuda" else None)
-        write(target, name, [], path)  # refuses before the work, not after it
+        recorded(path, name)  # refuses before the work, not after it
         for shape in shapes:
             for record in measure(shape, MODES[options.mode], grid, device):
                 records.append(record)

@@ -19,7 +19,7 @@ from tvmmoe import loader, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.config import ActivationFormat, Problem, WeightFormat
 from tvmmoe.errors import TvmMoeError
-from tvmmoe.select import ALLOW_UNVERIFIED, FP8, VERIFIED, is_allowed, rows_per_expert, select, targets_of
+from tvmmoe.select import ALLOW_UNVERIFIED, FP8, VERIFIED, gpu_name, is_allowed, rows_per_expert, select, targets_of
 from tvmmoe.shapes import shape_case
 from tvmmoe.testing import Case
 
@@ -114,10 +114,11 @@ def problem_of(case: Case) -> Problem:
     )
 
 
-def selection(case: Case, targets: tuple[str, ...]) -> dict[str, Any]:
-    """The artifact that serves a call on the first of ``targets`` that has one, and what the call takes."""
+def selection(case: Case, targets: tuple[str, ...], gpu: str = "") -> dict[str, Any]:
+    """The artifact that serves a call on the first of ``targets`` that has one, and what the call takes; ``gpu`` is the
+    device's name (select.gpu_name)."""
     problem = problem_of(case)
-    entry = select(loader.manifest(), targets, problem)
+    entry = select(loader.manifest(), targets, problem, gpu)
     return {
         "num_tokens": case.num_tokens,
         "rows_per_expert": rows_per_expert(problem),
@@ -149,13 +150,14 @@ def selections(options: argparse.Namespace) -> list[dict[str, Any]]:
         if negative := [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value < 1]:
             raise ValueError(f"{', '.join(negative)}: expected at least 1")
         case = Case(**formats, **sizes)
-    targets = targets_of(torch.device(options.device)) if options.target is None else (options.target,)
+    device = torch.device(options.device)
+    targets, gpu = ((options.target,), "") if options.target else (targets_of(device), gpu_name(device))
     if options.target is not None and options.target not in (shipped := {e.target for e in loader.manifest().entries}):
         raise ValueError(f"--target: got {options.target}, expected one of {', '.join(sorted(shipped))}")
     tokens = [int(count) for count in (options.tokens or "1,16,128,1024").split(",")]
     if min(tokens) < 0:
         raise ValueError(f"--tokens: got {min(tokens)}, expected at least 0")
-    return [selection(dataclasses.replace(case, num_tokens=count), targets) for count in tokens]
+    return [selection(dataclasses.replace(case, num_tokens=count), targets, gpu) for count in tokens]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

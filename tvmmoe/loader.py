@@ -44,10 +44,10 @@ class Entry:
     accumulation: str = "float32"  # or fp8: sums of about 13 bits in the tensor core, only where select.FP8 is set
     device_ranges: tuple[tuple[str, float, float | None], ...] = ()  # of GPUs, by name, that were measured apart
 
-    def covers(self, rows_per_expert: float, device_name: str = "") -> bool:
+    def covers(self, rows_per_expert: float, gpu: str = "") -> bool:
         """Whether the entry's range holds this many rows per expert; ranges are half-open and None is no limit."""
         own = {name: limits for name, *limits in self.device_ranges}
-        low, high = own.get(device_name, (self.min_rows_per_expert, self.max_rows_per_expert))
+        low, high = own.get(gpu, (self.min_rows_per_expert, self.max_rows_per_expert))
         return low <= rows_per_expert and (high is None or rows_per_expert < high)
 
 
@@ -73,10 +73,11 @@ def manifest(folder: Path | None = None) -> Manifest:
             f"{path}: artifact_abi is {content.get('artifact_abi')}, expected {ARTIFACT_ABI}; "
             "rebuild the artifacts with python -m tvmmoe.build"
         )
-    return Manifest(folder, content["files"], tuple(map(_entry, content["entries"])))
+    return Manifest(folder, content["files"], tuple(map(entry_of, content["entries"])))
 
 
-def _entry(row: dict[str, Any]) -> Entry:
+def entry_of(row: dict[str, Any]) -> Entry:
+    """A row of the manifest as it is written."""
     formats, ranges = tuple(row["activation_formats"]), tuple(map(tuple, row.get("device_ranges", ())))
     return Entry(**row | dict(activation_formats=formats, device_ranges=ranges))
 

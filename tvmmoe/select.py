@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which artifact entry serves a call: a look-up in the manifest's table, never a timing at run time.
 
-The first target of the device that has an entry for the call serves it; a GPU of the target that was measured apart has
-ranges of its own, by its name. Unless its file is not verified well enough:
+The first target of the device that has an entry for the call serves it, unless its file is not verified well enough:
 
     measured    the gpu suite has passed on a chip of the target
     emulated    it has passed on another chip, in a build where a function of the same registers stands for the tensor
                 core's instruction; serves with a warning (torch_op)
     compiled    nothing of it has run; serves only where TVMMOE_ALLOW_UNVERIFIED=1 is set
 
+A GPU whose tiles were measured apart from the target's first one has ranges of its own, by its name.
 Entries of fp8 accumulation come before those whose calls they take, and serve only where TVMMOE_FP8=1 is set. Both
 variables are read when a problem is first selected for: its plan is remembered (torch_op.selected_plan, relaunch).
 """
@@ -72,13 +72,13 @@ def is_asked_for(entry: Entry) -> bool:
 
 
 @functools.cache
-def name_of(device: torch.device) -> str:
-    """A GPU's name, as ranges are kept by; of anything else none."""
+def gpu_name(device: torch.device) -> str:
+    """What a device's own ranges are kept by; nothing for one that is no GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entry:
-    """The entry for this call on the first of ``targets`` that has an allowed one.
+def select(source: Manifest, targets: tuple[str, ...], problem: Problem, gpu: str = "") -> Entry:
+    """The entry for this call on the first of ``targets`` that has an allowed one, by the ranges of ``gpu`` (gpu_name).
 
     Raises
     ------
@@ -86,7 +86,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
         Nothing in the manifest runs there; names the device, what is shipped, and the command that builds it. Or what
         runs there has never been run: names the file, and what allows it.
     """
-    rows, name = rows_per_expert(problem), name_of(problem.device)
+    rows = rows_per_expert(problem)
     mode = f"{problem.activation_format.name} x {problem.weight_format.name}"
     skipped = None
     for target in targets:
@@ -95,7 +95,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
                 entry.target == target
                 and entry.weight_format == problem.weight_format.name
                 and problem.activation_format.name in entry.activation_formats
-                and entry.covers(rows, name)
+                and entry.covers(rows, gpu)
                 and is_asked_for(entry)
             ):
                 if is_allowed(source.files[entry.file]["verified"]):
@@ -107,12 +107,12 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem) -> Entr
             "it all the same, and verify it with python -m pytest -m gpu"
         )
     shipped = ", ".join(sorted({entry.target for entry in source.entries}))
-    wanted = targets[0] if targets else _name_of(problem.device)
+    wanted = targets[0] if targets else _unsupported_name(problem.device)
     build = f"; build one with python -m tvmmoe.build --target {targets[0]}" if targets else ""
     raise UnsupportedError(f"no {mode} artifact for {wanted}; shipped: {shipped} (python -m tvmmoe.info{build})")
 
 
-def _name_of(device: torch.device) -> str:
+def _unsupported_name(device: torch.device) -> str:
     """A device that no target is for."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -21,7 +21,7 @@ from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import Problem
 from tvmmoe.errors import UnverifiedWarning
 from tvmmoe.loader import Entry
-from tvmmoe.select import select, targets_of
+from tvmmoe.select import gpu_name, select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
 
 
@@ -61,11 +61,12 @@ def plan(problem: Problem, entry: Entry) -> Plan:
 def selected_entry(problem: Problem) -> Entry:
     """The manifest entry that serves ``problem`` on its device."""
     source = loader.manifest()
-    entry = select(source, targets_of(problem.device), problem)
+    gpu = gpu_name(problem.device)
+    entry = select(source, targets_of(problem.device), problem, gpu)
     if (verified := source.files[entry.file]["verified"]) != "measured":
         _warn_once(entry.target, entry.file, verified)
     if os.environ.get("TVMMOE_VERBOSE"):
-        print(f"tvmmoe: {problem!r} -> {entry!r}", file=sys.stderr)
+        print(f"tvmmoe: {problem!r} on {gpu or problem.device} -> {entry!r}", file=sys.stderr)
     return entry
 
 

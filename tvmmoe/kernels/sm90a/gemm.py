@@ -448,11 +448,16 @@ class GroupedGemm(Epilogue):
         return self.row_group * self.c.mi + mi
 
     def _load_words(self, offset) -> None:
-        """Weights of a K block of this thread's rows, ``offset`` bytes past the first one of a stage."""
+        """Weights of a K block of this thread's rows, ``offset`` bytes past those of the first in the first stage."""
         first = let(self.word_place + offset)
         for offsets, words in zip(self._row_offsets(), self.words, strict=True):
             for rows, into in zip(offsets, words, strict=True):
                 load_vec4(first + u32(rows * (K_BLOCK // 2)), "shared", into=into)
+
+    def _load_scales(self, offset) -> list:
+        """Scales of this thread's rows, by the same rule."""
+        dtype = "uint8" if self.c.weight_format == WeightFormat.mxfp4 else "uint16"
+        return [load(dtype, place + offset, "shared") for place in self.scale_places]
 
     def _row_offsets(self) -> list[list[int]]:
         """[mi][r]: from this thread's first fragment row to the others."""
@@ -463,18 +468,9 @@ class GroupedGemm(Epilogue):
         """``value``, in a register that ptxas cannot compute again."""
         return let(shuffle(let(value), self.thread.lane))
 
-    def _load_scales(self, offset) -> list:
-        """And their scales."""
-        dtype = "uint8" if self.c.weight_format == WeightFormat.mxfp4 else "uint16"
-        return [load(dtype, place + offset, "shared") for place in self.scale_places]
-
     def _multiply_stage(self, width: int) -> None:
         """This warpgroup's K blocks of a stage."""
-        c, first = self.c, self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
-        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers. What is added to all 64 bits
-        # costs one instruction a descriptor; a sum of low words, three more.
-        low = let(shuffle(let(self.descriptor_base + cast(first, "uint32")), T.int32(0)))
-        descriptor = let(isa.shared_descriptor(low))
+        c, descriptor = self.c, self._stage_descriptor()
         words = let(cast(self.stage, "uint32") * u32(self.w_stage))
         scales = let(cast(self.stage, "uint32") * u32(self.s_stage))
         for block in range(self.per_warpgroup):
@@ -483,7 +479,17 @@ class GroupedGemm(Epilogue):
             self._multiply_block(width, block, raw, descriptor + T.uint64(block * (self.x_block // 16)))
         assign(self.previous, self.stage)
 
-    def _multiply_block(self, width: int, block: int, raw, first) -> None:
+    def _stage_descriptor(self):
+        """Of this warpgroup's first tokens of the stage.
+
+        Adding to all its 64 bits takes one instruction, making another one of the sum of low words three.
+        """
+        offset = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
+        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers.
+        low = let(shuffle(let(self.descriptor_base + cast(offset, "uint32")), T.int32(0)))
+        return let(isa.shared_descriptor(low))
+
+    def _multiply_block(self, width: int, block: int, raw, descriptor) -> None:
         """One K block: 8 MMA steps; a word of weights feeds two, decoded while the previous pair multiplies."""
         c = self.c
         is_mx = c.weight_format == WeightFormat.mxfp4
@@ -496,9 +502,9 @@ class GroupedGemm(Epilogue):
             for step in range(2 * per_group):
                 j = word * 2 + step
                 offset = (j // 4) * (self.x_block // 2) + (j % 4) * 32
-                descriptor = first + T.uint64(offset >> 4)
+                tokens = descriptor + T.uint64(offset >> 4)
                 for mi in range(c.mi):
-                    isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], descriptor, True)
+                    isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], tokens, True)
             ptx.wgmma.commit_group.sync.aligned()
             ptx.wgmma.wait_group.sync.aligned(len(self.fragments) - 1)
             if block == word == 0:  # everything issued for the previous stage has retired

@@ -58,7 +58,6 @@ from tvmmoe.kernels.sm90a.trace import (
     ptx,
     regs,
     scalar,
-    shuffle,
     store,
     u32,
     while_,
@@ -202,11 +201,6 @@ class Fp8Gemm(GroupedGemm):
         offset = self.stage * self.s_stage + block * self.c.scale_bytes + (quad - self.quad)
         return load("uint8", let(self.scale_places[row] + cast(offset, "uint32")), "shared")
 
-    def _descriptors(self):
-        """The stage's first descriptor, the same in every lane: in uniform registers after the shuffle."""
-        low = shuffle(let(self.descriptor_base + cast(self.stage * (self.x_stage // 16), "uint32")), T.int32(0))
-        return let(isa.shared_descriptor(let(low)))
-
     # Inside of the window.
 
     def _multiply_folded(self, tile: Tile) -> None:
@@ -239,7 +233,7 @@ class Fp8Gemm(GroupedGemm):
         """The K blocks of a stage, whose sums are then promoted. A block's four steps are one wgmma group: the other
         warpgroups' groups run beside what this one decodes and promotes, and ptxas serialises what is cut finer."""
         c = self.c
-        first = self._descriptors()
+        stage_descriptor = self._stage_descriptor()
         for block in range(c.k_blocks):
             self._load_words_of(block)
             tables = [self._table_entry(block, row) for row in range(2 * c.mi)]
@@ -249,7 +243,7 @@ class Fp8Gemm(GroupedGemm):
                         fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r)
             ptx.wgmma.fence.sync.aligned()
             for word in range(4):
-                descriptor = first + T.uint64((block * self.x_block + word * 32) >> 4)
+                descriptor = stage_descriptor + T.uint64((block * self.x_block + word * 32) >> 4)
                 for mi in range(c.mi):
                     is_sum = block + word > 0
                     fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
@@ -279,12 +273,12 @@ class Fp8Gemm(GroupedGemm):
         last_block = let(cast(self.p.padded_k // K_BLOCK, "int32") - 1)
         with for_(self.k_steps) as step:
             cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-            first = self._descriptors()
+            descriptor = self._stage_descriptor()
             with for_(c.k_blocks) as block:
                 self._fetch_token_scales(tile, let(T.min(step * c.k_blocks + block, last_block)))
                 self._load_words_of(block)
                 with for_(4) as quad:
-                    self._multiply_scale_block(block, quad, first)
+                    self._multiply_scale_block(block, quad, descriptor)
             self._release(self.stage)
             self._advance()
 
@@ -299,7 +293,7 @@ class Fp8Gemm(GroupedGemm):
         I.buffer_store(self.block_bytes, word, [self.warpgroup * c.tile_m + token])
         self._warpgroup_sync()
 
-    def _multiply_scale_block(self, block, quad, first_descriptor) -> None:
+    def _multiply_scale_block(self, block, quad, stage_descriptor) -> None:
         c = self.c
         mine = let(T.Select(self.quad == quad, u32(0xFFFFFFFF), u32(0)))
         rows = [fp8.half_powers(self._scale_byte(block, row, quad)) for row in range(2 * c.mi)]
@@ -313,7 +307,7 @@ class Fp8Gemm(GroupedGemm):
                         fp8.decode_word(masked, [u32(half) for half in fp8.UNIT_TABLE], fragments[mi], r)
                 ptx.wgmma.fence.sync.aligned()
                 offset = cast(block, "uint64") * T.uint64(self.x_block // 16) + T.uint64((first * 128 + word * 32) // 16)
-                descriptor = first_descriptor + offset
+                descriptor = stage_descriptor + offset
                 for mi in range(c.mi):
                     fp8.wgmma(EXACT_TOKENS, self.part[mi], fragments[mi], descriptor, word > 0)
                 ptx.wgmma.commit_group.sync.aligned()

@@ -55,7 +55,10 @@ def copy_async(destination, source, size: int, num_bytes) -> None:
 
 
 def shared_descriptor_base(pointer):
-    """Low word of the wgmma descriptor of a K-major tile, 128-byte swizzle, at ``pointer`` (16-byte units, LBO 1)."""
+    """Low word of the wgmma descriptor of a K-major tile, 128-byte swizzle, at ``pointer`` (16-byte units, LBO 1).
+
+    Shared memory ends below 2^18, so the address is within its 14 bits.
+    """
     return (cuda.cvta_generic_to_shared(pointer) >> u32(4)) + u32(0x10000)
 
 
