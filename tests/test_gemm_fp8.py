@@ -294,16 +294,20 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("simulated_fp8")
 
 
-@functools.cache
-def simulated(early: bool, folder, cluster: int = 1):
-    """The packed function on three CTAs, or two clusters, compiled for this CPU."""
-    path = folder / f"fp8_{early}_{cluster}.so"
+def source_of(cluster: int = 1) -> str:
+    """CUDA C++ of the operator on three CTAs, or on two clusters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_scheduler, "NUM_CTAS", 3 if cluster == 1 else 2 * cluster)
         for name in ("GEMM1", "GEMM2"):
             patch.setattr(operator_fp8, name, dataclasses.replace(getattr(operator_fp8, name), cluster=cluster))
-        source = build.fp8_source.__wrapped__()
-    compile_so(simulate.host_source(source, early), path)
+        return build.fp8_source.__wrapped__()
+
+
+@functools.cache
+def simulated(early: bool, folder, cluster: int = 1):
+    """The packed function, compiled for this CPU."""
+    path = folder / f"fp8_{early}_{cluster}.so"
+    compile_so(simulate.host_source(source_of(cluster), early), path)
     return tvm_ffi.load_module(str(path))[operator_fp8.SYMBOL]
 
 

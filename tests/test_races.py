@@ -16,7 +16,7 @@ from tvmmoe.testing import Case, make_case, rel_l2
 
 tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
-from tvmmoe.kernels.sm90a import build, gemm, simulate, tile_scheduler  # noqa: E402
+from tvmmoe.kernels.sm90a import gemm, simulate  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
 # (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5) and gemm2 (5 or 9) are no multiple
@@ -61,10 +61,10 @@ def test_kernels_have_no_races(name, tmp_path):
     assert count == 0 and error < 1e-3
 
 
-def test_fp8_kernels_have_no_races(tmp_path, monkeypatch):
-    monkeypatch.setattr(tile_scheduler, "NUM_CTAS", 3)
-    source = build.fp8_source.__wrapped__()
-    function, count = watched(build.operator_fp8.SYMBOL, source, tmp_path / "watched.so")
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_fp8_kernels_have_no_races(cluster, tmp_path):
+    source = test_gemm_fp8.source_of(cluster)
+    function, count = watched(test_gemm_fp8.operator_fp8.SYMBOL, source, tmp_path / "watched.so")
     for name in ("plain", "two_rows_outside"):
         test_gemm_fp8.check(
             lambda case, kwargs: call(case, kwargs, test_gemm_fp8.TILE_M, do_finalize=True, function=function)[0],

@@ -25,7 +25,7 @@ from tvmmoe.arguments import validate
 from tvmmoe.bench import MODES, check, of_tokens, rested_us, rotating, routings, shape_call
 from tvmmoe.errors import ArgumentError, TvmMoeError, UnsupportedError
 from tvmmoe.loader import Entry
-from tvmmoe.select import targets_of
+from tvmmoe.select import gpu_name, targets_of
 from tvmmoe.shapes import shape_case
 
 ROWS = {
@@ -41,10 +41,10 @@ ROUNDS = {"cuda": 5, "cpu": 3}
 Record = dict[str, Any]  # shape, mode, rows_per_expert, num_tokens, us by tile height
 
 
-def path_of(target: str, gpu: str | None = None) -> Path:
+def path_of(target: str, gpu: str = "") -> Path:
     """Where a target's table is kept: crossovers.json, or crossovers_<gpu>.json if that was measured on another GPU."""
     path = loader.data_dir("schedules") / target / "crossovers.json"
-    if gpu is None or not path.is_file() or json.loads(path.read_text())["device"] == gpu:
+    if not gpu or not path.is_file() or json.loads(path.read_text())["device"] == gpu:
         return path
     return path.with_name(f"crossovers_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json")
 
@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     target = target_of(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {target}"
+    gpu = gpu_name(device)
+    name = gpu or f"{torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
     try:
         grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows: got {options.rows!r}, expected numbers separated by commas")
     records: list[Record] = []
     try:
-        path = options.out or path_of(target, name if device.type == "cuda" else None)
+        path = options.out or path_of(target, gpu)
         recorded(path, name)  # refuses before the work, not after it
         for shape in shapes:
             for record in measure(shape, MODES[options.mode], grid, device):

@@ -30,7 +30,7 @@ from tvmmoe.baseline import dequantize_matmul
 from tvmmoe.bench import median_us
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
-from tvmmoe.select import targets_of
+from tvmmoe.select import gpu_name, targets_of
 from tvmmoe.shapes import shape_case
 from tvmmoe.testing import Case, rel_l2
 
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None, layers: dict[str, Case] | None = None) -
     """Command line, for ``layers`` instead of the real ones if given; exit status 1 if a result was wrong."""
     options = parse(argv, layers or {name: shape_case(name, 1) for name in LAYERS})
     device, is_right = torch.device(options.device), True
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = gpu_name(device) or f"{torch.get_num_threads()} threads"
     print(f"tvmmoe {tvmmoe.__version__}, torch {torch.__version__}, {device}, {machine}; targets", *targets_of(device))
     for name, case in options.layers.items():
         try:

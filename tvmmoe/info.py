@@ -41,7 +41,7 @@ def report(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "tvm_ffi": tvm_ffi.__version__,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "device_name": gpu_name(device) or processor,
         "targets": list(targets_of(device)),
         "verified": states(source),
         "artifacts_dir": str(source.folder),

@@ -73,7 +73,7 @@ def is_asked_for(entry: Entry) -> bool:
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    """What a device's own ranges are kept by; nothing for one that is no GPU."""
+    """A GPU's name, which its own ranges are kept by; nothing for another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
