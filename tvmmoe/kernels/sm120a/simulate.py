@@ -72,13 +72,16 @@ inline bool (*on_idle)() = [] { return false; };  // no fiber can go on: do some
 inline void (*on_copy)(const char*, int) = [](const char*, int) {};  // cp.async has written shared memory
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
-inline void wait(Barrier& barrier, int count) {
+inline void arrive_at(Barrier& barrier, int count) {
   ++progress;
-  const int mine = barrier.generation;
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
+}
+inline void wait(Barrier& barrier, int count) {
+  const int mine = barrier.generation;
+  arrive_at(barrier, count);
   while (barrier.generation == mine) yield();
 }
 inline void warp_sync() { wait(warps[(self->first + self->thread.x) / 32], 32); }

@@ -121,14 +121,18 @@ inline void complete(uint64_t barrier, unsigned phase) {
   p.pending.clear();
 }
 inline void acquire(uint64_t barrier, unsigned phase) { join(clocks[me()], phases[barrier].done[phase & 1]); }
-template <class Wait> void meet(const void* at, int generation, Wait wait) {
+inline Clock& tell(const void* at, int generation) {  // who meets there
   Meeting& m = meetings[at];
   const int slot = generation & 1;
   if (m.generations[slot] != generation) m.generations[slot] = generation, m.clocks[slot].clear();
   join(m.clocks[slot], clocks[me()]);
   ++clocks[me()][me()];
+  return m.clocks[slot];
+}
+template <class Wait> void meet(const void* at, int generation, Wait wait) {
+  Clock& told = tell(at, generation);
   wait();
-  join(clocks[me()], meetings[at].clocks[slot]);
+  join(clocks[me()], told);
 }
 // An element of an array in shared memory; other arrays are not watched.
 template <class T> struct Element {
@@ -189,6 +193,7 @@ template <class... A> void release(A...) {}
 template <class... A> void acquire(A...) {}
 template <class... A> int copy(A...) { return 0; }
 template <class... A> void copied(A...) {}
+template <class... A> void tell(A...) {}
 template <class Wait> void meet(const void*, int, Wait wait) { wait(); }
 template <class... A> void write(A...) {}
 template <class... A> void wgmma_read(A...) {}
