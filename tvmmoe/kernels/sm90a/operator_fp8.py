@@ -23,8 +23,8 @@ from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
 
 TILE_M = 128  # of those tried on the H100 the only one that wins (schedules/notes.md)
-# Rows an expert from which it serves. H100, us beside the bf16 kernels: Qwen3-235B at 64 rows 719 and 879, at 512 3584 and
-# 4885; DeepSeek-V3 at 256 9518 and 11478. Nothing was measured below 64: 48 is an estimate.
+# Rows an expert from which it serves: an estimate between 32, where it is slower (gpt-oss-120b on an H200, 1191 us beside the
+# exact kernels' 876), and 64, where it is faster (Qwen3-235B, 651 beside 714).
 MIN_ROWS = 48.0
 SYMBOL = f"fp4_block_scale_moe_mxfp4_mxfp8_m{TILE_M}"
 # Two CTAs share their tokens: 3 to 6 % on an H200, where loads are not the limit but the power that everything costs.
