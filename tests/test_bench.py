@@ -45,6 +45,21 @@ def test_every_mode_prints_a_row_a_cell(mode, device, tiny, capsys, tmp_path):
         assert row["us"] > 0 and row["extra_mib"] >= 0
 
 
+def test_several_modes_are_saved_row_by_row(tiny, monkeypatch, tmp_path):
+    path, seen, measure = tmp_path / "result.json", [], bench.measure
+
+    def watched(*args):
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.is_file() else 0)
+        return measure(*args)
+
+    monkeypatch.setattr(bench, "measure", watched)
+    options = f"--shape tiny --tokens 1,9 --rounds 1 --mode mxfp8-mxfp4,bf16-nvfp4 --device cpu --save {path}"
+    assert bench.main(options.split()) == 0
+    assert seen == [0, 1, 2, 3]
+    cells = [(row["mode"], row["num_tokens"]) for row in json.loads(path.read_text())["rows"]]
+    assert cells == [(mode, n) for mode in ("mxfp8-mxfp4", "bf16-nvfp4") for n in (1, 9)]
+
+
 def test_floor_and_rates_follow_from_the_active_experts(tiny):
     case = shapes.shape_case("tiny", 1)
     kwargs = make_case(case)
@@ -84,7 +99,7 @@ def test_wrong_result_is_not_timed(tiny, monkeypatch, capsys):
         ("--shape gpt-5", "gpt-5.*expected one of.*gpt-oss-120b"),
         ("--tokens many", "invalid literal"),
         ("--stages --device cpu", "--stages needs a CUDA device"),
-        ("--mode int8-int4", "invalid choice"),
+        ("--mode bf16-mxfp4,int8-int4", "--mode: got int8-int4, expected all or some of bf16-mxfp4"),
     ],
 )
 def test_wrong_options_are_one_line(options, message, capsys):

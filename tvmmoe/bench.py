@@ -333,10 +333,11 @@ def measure(machine: Machine, name: str, case: Case, kwargs: dict[str, Any], opt
     flops = 2.0 * pairs * weights_per_expert(case)
     floor = max(num_bytes / machine.copy_gb_per_s * 1e-3, flops / machine.bf16_tflop_per_s * 1e-6)
     entry = torch_op.selected_entry(validate(**kwargs))
-    public = _public_times().get(name, {}) if options.mode == ("bf16", "mxfp4") and "H100" in machine.name else {}
+    mode = (case.activation_format.name, case.weight_format.name)
+    public = _public_times().get(name, {}) if mode == ("bf16", "mxfp4") and "H100" in machine.name else {}
     return Row(
         shape=name,
-        mode="-".join(options.mode),
+        mode="-".join(mode),
         num_tokens=case.num_tokens,
         entry=entry.symbol,
         us=us,
@@ -404,27 +405,34 @@ def plot(rows: list[Row], machine: Machine, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def save(head: dict[str, Any], rows: list[Row], path: Path) -> None:
+    """What has been measured so far."""
+    path.write_text(json.dumps(head | dict(rows=[dataclasses.asdict(row) for row in rows]), indent=1) + "\n")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.bench", description=__doc__, formatter_class=formatter)
     parser.add_argument("--shape", default="Qwen3-30B-A3B", help=f"all, or several of {', '.join(shapes())}")
     parser.add_argument("--tokens", default="1,16,128")
-    parser.add_argument("--mode", default="bf16-mxfp4", choices=MODES, help="activations-weights")
+    parser.add_argument("--mode", default="bf16-mxfp4", help=f"activations-weights: all, or several of {', '.join(MODES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--stages", action="store_true", help="per-kernel times (CUDA)")
     parser.add_argument("--host", action="store_true", help="host time of an eager call and of its parts")
     parser.add_argument("--baseline", action="store_true", help="time dequantise + torch matmul too")
-    parser.add_argument("--save", type=Path, metavar="FILE.json")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="written anew after every row")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args(argv)
     options.shape = list(shapes()) if options.shape == "all" else options.shape.split(",")
-    options.mode = MODES[options.mode]
+    options.modes = list(MODES) if options.mode == "all" else options.mode.split(",")
+    if unknown := [mode for mode in options.modes if mode not in MODES]:
+        parser.error(f"--mode: got {unknown[0]}, expected all or some of {', '.join(MODES)}")
     try:
         options.tokens = [int(n) for n in options.tokens.split(",")]
         for name in options.shape:
-            shape_case(name, 1, *options.mode)
+            shape_case(name, 1)
     except ValueError as error:
         parser.error(str(error))
     if options.stages and not options.device.startswith("cuda"):
@@ -438,22 +446,21 @@ def main(argv: list[str] | None = None) -> int:
     machine = measure_machine(torch.device(options.device))
     print(f"{machine.name}: copy {machine.copy_gb_per_s:.0f} GB/s, bf16 matmul {machine.bf16_tflop_per_s:.2f} TFLOP/s")
     print(HEADER, flush=True)
+    head = dict(environment=environment(torch.device(options.device)), machine=dataclasses.asdict(machine))
     rows, status = [], 0
-    for name in options.shape:
+    for mode, name in itertools.product(options.modes, options.shape):
         try:
-            kwargs = shape_call(name, max(options.tokens), options.mode, options.device)
+            kwargs = shape_call(name, max(options.tokens), MODES[mode], options.device)
             for num_tokens in options.tokens:
-                case = shape_case(name, num_tokens, *options.mode, device=options.device)
+                case = shape_case(name, num_tokens, *MODES[mode], device=options.device)
                 rows.append(measure(machine, name, case, kwargs, options))
                 print(line(rows[-1]), flush=True)
+                if options.save:
+                    save(head, rows, options.save)
         except (AssertionError, TvmMoeError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
         kwargs = None  # before the next shape's weights
-    if options.save:
-        content = dict(environment=environment(torch.device(options.device)), machine=dataclasses.asdict(machine),
-                       rows=[dataclasses.asdict(row) for row in rows])  # fmt: skip
-        options.save.write_text(json.dumps(content, indent=1) + "\n")
     if options.plot and rows:
         plot(rows, machine, options.plot)
     return status
