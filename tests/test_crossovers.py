@@ -115,12 +115,14 @@ def test_measures_and_keeps_other_shapes(monkeypatch, tmp_path, capsys):
     tiny = dict(hidden_size=64, intermediate_size=64, num_experts=8, top_k=2, routing_method="Renormalize")
     monkeypatch.setattr(shapes, "shapes", lambda: dict(tiny=tiny, other=tiny))
     path = tmp_path / "crossovers.json"
-    for shape in ("tiny", "other", "tiny"):
-        options = ["--shape", shape, "--rows", "0.01,0.25,4", "--device", "cpu", "--out", str(path)]
+    bf16, mxfp8 = "bf16-mxfp4", "mxfp8-mxfp4"
+    for shape, modes in (("tiny", bf16), ("other", f"{bf16},{mxfp8}"), ("tiny", bf16)):
+        options = ["--shape", shape, "--mode", modes, "--rows", "0.01,0.25,4", "--device", "cpu", "--out", str(path)]
         assert crossovers.main(options) == 0
     rows = json.loads(path.read_text())["rows"]
     # 0.01 rows an expert are no whole token
-    assert [(r["shape"], r["num_tokens"]) for r in rows] == [("other", 1), ("other", 16), ("tiny", 1), ("tiny", 16)]
+    cells = [(shape, mode, n) for shape, mode in (("other", bf16), ("other", mxfp8), ("tiny", bf16)) for n in (1, 16)]
+    assert [(r["shape"], r["mode"], r["num_tokens"]) for r in rows] == cells
     assert all(us > 0 for r in rows for us in r["us"].values())
     assert "tiny bf16-mxfp4 4 rows, 16 tokens: " in capsys.readouterr().out
 
@@ -139,7 +141,7 @@ def test_records_of_another_device_are_not_overwritten(tmp_path, capsys):
     [
         (["--rows", "1,many"], "--rows: got '1,many', expected numbers"),
         (["--device", "cuda"], "--device: got cuda, expected cpu"),
-        (["--mode", "bf16-fp8"], "invalid choice"),
+        (["--mode", "bf16-mxfp4,bf16-fp8"], "--mode: got bf16-fp8, expected all or some of bf16-mxfp4"),
     ],
 )
 def test_wrong_options_are_one_line(options, message, monkeypatch, capsys):

@@ -410,6 +410,14 @@ def save(head: dict[str, Any], rows: list[Row], path: Path) -> None:
     path.write_text(json.dumps(head | dict(rows=[dataclasses.asdict(row) for row in rows]), indent=1) + "\n")
 
 
+def modes_of(names: str) -> list[str]:
+    """Keys of MODES from ``--mode``; raises ValueError for one that is not there."""
+    modes = list(MODES) if names == "all" else names.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise ValueError(f"--mode: got {unknown[0]}, expected all or some of {', '.join(MODES)}")
+    return modes
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     formatter = argparse.RawTextHelpFormatter
@@ -426,10 +434,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     options = parser.parse_args(argv)
     options.shape = list(shapes()) if options.shape == "all" else options.shape.split(",")
-    options.modes = list(MODES) if options.mode == "all" else options.mode.split(",")
-    if unknown := [mode for mode in options.modes if mode not in MODES]:
-        parser.error(f"--mode: got {unknown[0]}, expected all or some of {', '.join(MODES)}")
     try:
+        options.modes = modes_of(options.mode)
         options.tokens = [int(n) for n in options.tokens.split(",")]
         for name in options.shape:
             shape_case(name, 1)
