@@ -140,7 +140,7 @@ CASES = {
     "plain": {},
     "one_token": dict(num_tokens=1),
     "odd_scale_rows": dict(hidden_size=416, intermediate_size=352),
-    "more_stages_than_memory": dict(hidden_size=1184, intermediate_size=608),
+    "longer_than_the_pipeline": dict(hidden_size=1184, intermediate_size=608),
     "smallest": dict(hidden_size=32, intermediate_size=32),
     "bias": dict(hidden_size=288, has_gemm1_bias=True, has_gemm2_bias=True, alpha=1.702, beta=1.0, clamp_limit=7.0),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),
@@ -322,7 +322,7 @@ class TestSimulatedOperator:
         case = Case(**vars(BASE) | CASES.get(name, {}))
         check(run_function(simulated(False, folder)), case, name, SMALL_TOLERANCE)
 
-    @pytest.mark.parametrize("name", ["plain", "more_stages_than_memory", "two_rows_outside"])
+    @pytest.mark.parametrize("name", ["plain", "longer_than_the_pipeline", "two_rows_outside"])
     def test_early_copies(self, name, folder):
         case = Case(**vars(BASE) | CASES.get(name, {}))
         check(run_function(simulated(True, folder)), case, name, SMALL_TOLERANCE)

@@ -4,7 +4,7 @@ what is broken on purpose is found."""
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,36 +27,44 @@ KERNELS = {
     "m8_short_nvfp4": (NV, 8, 24, 544), "m16": (NV, 16, 30, 1056),
     "m16_short": (MX, 16, 40, 544), "m32": (MX, 32, 60, 544), "m64": (MX, 64, 100, 544), "m96": (NV, 96, 150, 544),
     "m256_cluster": (MX, 256, 300, 544), "pair": (MX, 8, 2, 544), "pair_nvfp4": (NV, 8, 1, 544),
-    "pair_mxfp8": (MX, 8, 2, 544),
+    "pair_mxfp8": (MX, 8, 2, 544), "pair_nvfp4_tokens": (NV, 8, 2, 544),
 }  # fmt: skip
-FORMATS = {"pair_mxfp8": ActivationFormat.mxfp8}  # of activations that are not bf16
+# Of activations that are not bf16:
+FORMATS = {"pair_mxfp8": ActivationFormat.mxfp8, "pair_nvfp4_tokens": ActivationFormat.nvfp4}
 SIZES = dict(hidden_size=544, has_gemm1_bias=True)
+LATE = {"m8": 4, "m16_short": 4, "pair": 4, "m96": 4, "m256_cluster": 2}  # kernels and how many consumer warpgroups they have
 
 
-def watched(symbol: str, source: str, path: Path) -> tuple[Callable[..., None], Callable[[], int]]:
-    """A function on this CPU, and what counts its races."""
-    compile_so(simulate.host_source(source, early=True, is_watched=True), path)
-    counters = ctypes.CDLL(str(path))
-    counters.tvmmoe_races.restype = counters.tvmmoe_checks.restype = ctypes.c_long
+class Watched:
+    """A function on this CPU that counts its races."""
 
-    def count() -> int:
-        assert counters.tvmmoe_checks() > 100_000
-        return counters.tvmmoe_races()
+    def __init__(self, symbol: str, source: str, path: Path):
+        compile_so(simulate.host_source(source, early=True, is_watched=True), path)
+        self.library, self.function = ctypes.CDLL(str(path)), tvm_ffi.load_module(str(path))[symbol]
+        self.library.tvmmoe_races.restype = self.library.tvmmoe_checks.restype = ctypes.c_long
 
-    return tvm_ffi.load_module(str(path))[symbol], count
+    def count(self) -> int:
+        assert self.library.tvmmoe_checks() > 100_000
+        return self.library.tvmmoe_races()
 
 
-def races(name: str, folder: Path, change: Callable[[str], str] = lambda source: source) -> tuple[int, float]:
-    """Races of one call of a kernel, and how wrong its result is."""
+def races(
+    name: str, folder: Path, change: Callable[[str], str] = lambda source: source, late: Sequence[int] = (-1,)
+) -> tuple[int, float]:
+    """Races of one call of a kernel for each of the warpgroups that are ``late`` (-1 none), and how wrong results are."""
     weight_format, tile_m, num_tokens, intermediate_size = KERNELS[name]
     symbol, source = source_of(weight_format, tile_m)
-    function, count = watched(symbol, change(source), folder / "watched.so")
+    watched = Watched(symbol, change(source), folder / "watched.so")
     changes = dict(weight_format=weight_format, num_tokens=num_tokens, intermediate_size=intermediate_size) | SIZES
     changes["activation_format"] = FORMATS.get(name, ActivationFormat.bf16)
     case = Case(**vars(SMALL) | changes)
     kwargs = make_case(case)
-    output, _ = call(case, kwargs, tile_m, do_finalize=True, function=function)
-    return count(), rel_l2(output, moe_ref(**kwargs)[0])
+    expected, errors = moe_ref(**kwargs)[0], []
+    for warpgroup in late:
+        watched.library.tvmmoe_starve(warpgroup)
+        output, _ = call(case, kwargs, tile_m, do_finalize=True, function=watched.function)
+        errors.append(rel_l2(output, expected))
+    return watched.count(), max(errors)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -65,15 +73,20 @@ def test_kernels_have_no_races(name, tmp_path):
     assert count == 0 and error < 1e-3
 
 
+@pytest.mark.parametrize("name", LATE)
+def test_a_late_warpgroup_is_waited_for(name, tmp_path):
+    count, error = races(name, tmp_path, late=range(LATE[name]))
+    assert count == 0 and error < 1e-3
+
+
 def test_fp8_kernels_have_no_races(tmp_path):
-    source = test_gemm_fp8.source_of()
-    function, count = watched(test_gemm_fp8.operator_fp8.SYMBOL, source, tmp_path / "watched.so")
-    for name in ("plain", "more_stages_than_memory", "two_rows_outside"):
+    watched = Watched(test_gemm_fp8.operator_fp8.SYMBOL, test_gemm_fp8.source_of(), tmp_path / "watched.so")
+    for name in ("plain", "longer_than_the_pipeline", "two_rows_outside"):
         test_gemm_fp8.check(
-            lambda case, kwargs: call(case, kwargs, test_gemm_fp8.TILE_M, do_finalize=True, function=function)[0],
+            lambda case, kwargs: call(case, kwargs, test_gemm_fp8.TILE_M, do_finalize=True, function=watched.function)[0],
             Case(**vars(test_gemm_fp8.BASE) | test_gemm_fp8.CASES.get(name, {})), name, test_gemm_fp8.SMALL_TOLERANCE,
         )  # fmt: skip
-    assert count() == 0
+    assert watched.count() == 0
 
 
 def replaced(pattern: str, by: str = "") -> Callable[[str], str]:

@@ -264,7 +264,8 @@ def source_of(weight_format: WeightFormat, tile_m: int, num_ctas: int = 4) -> tu
         patch.setattr(tile_scheduler, "NUM_CTAS", num_ctas)
         (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
         source = build.cuda_source([variant])
-    assert ("gemm_pair" in source) == (tile_m == 8)
+    for form in ("gemm_pair", "gemm_pair_mxfp8" if weight_format == MX else "gemm_pair_nvfp4"):
+        assert (f"{variant.symbol}_{form}(" in source) == (tile_m == 8)
     return variant.symbol, source
 
 

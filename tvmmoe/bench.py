@@ -396,9 +396,10 @@ def plot(rows: list[Row], machine: Machine, path: Path) -> None:
     xs = [min(intensity) / 2, machine.bf16_tflop_per_s / machine.copy_gb_per_s * 1e3, 2 * max(intensity)]
     limits = [min(x * machine.copy_gb_per_s * 1e-3, machine.bf16_tflop_per_s) for x in xs]
     axes.plot(xs, limits, "k-", label="measured limits")
-    for name in dict.fromkeys(row.shape for row in rows):
-        points = [(x, row.tflop_per_s) for x, row in zip(intensity, rows, strict=True) if row.shape == name]
-        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    for name, mode in dict.fromkeys((row.shape, row.mode) for row in rows):
+        cells = zip(intensity, rows, strict=True)
+        points = [(x, row.tflop_per_s) for x, row in cells if (row.shape, row.mode) == (name, mode)]
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{name} {mode}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per FP4 weight byte", ylabel="TFLOP/s", title=machine.name)
     axes.legend()
     axes.grid(True, which="both", alpha=0.3)
@@ -454,6 +455,8 @@ def main(argv: list[str] | None = None) -> int:
     print(HEADER, flush=True)
     head = dict(environment=environment(torch.device(options.device)), machine=dataclasses.asdict(machine))
     rows, status = [], 0
+    if options.save:
+        save(head, rows, options.save)
     for mode, name in itertools.product(options.modes, options.shape):
         try:
             kwargs = shape_call(name, max(options.tokens), MODES[mode], options.device)
@@ -464,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
                 if options.save:
                     save(head, rows, options.save)
         except (AssertionError, TvmMoeError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name} {mode}: {error}", file=sys.stderr)
             status = 1
         kwargs = None  # before the next shape's weights
     if options.plot and rows:

@@ -63,6 +63,7 @@ inline ucontext_t scheduler;
 inline Fiber* self;
 inline dim3 block;
 inline long progress;
+inline int starved = -1;  // warpgroup whose threads run only when no other can
 inline void (*entry)(void*);
 inline void* arguments;
 // What another chip than sm_120 has besides (kernels/sm100a/simulate.py):
@@ -72,16 +73,13 @@ inline bool (*on_idle)() = [] { return false; };  // no fiber can go on: do some
 inline void (*on_copy)(const char*, int) = [](const char*, int) {};  // cp.async has written shared memory
 
 inline void yield() { swapcontext(&self->context, &scheduler); }
-inline void arrive_at(Barrier& barrier, int count) {
+inline void wait(Barrier& barrier, int count) {
   ++progress;
+  const int mine = barrier.generation;
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-}
-inline void wait(Barrier& barrier, int count) {
-  const int mine = barrier.generation;
-  arrive_at(barrier, count);
   while (barrier.generation == mine) yield();
 }
 inline void warp_sync() { wait(warps[(self->first + self->thread.x) / 32], 32); }
@@ -105,19 +103,22 @@ inline void run_cluster() {
     f.context.uc_stack.ss_size = kStack;
     makecontext(&f.context, start, 0);
   }
-  for (bool live = true; live;) {
+  bool live = true;
+  auto run = [&](int first, bool is_starved) {  // threads of a CTA, once
+    for (int i = first; i < first + num_threads; ++i) {
+      if (fibers[i].done) continue;
+      live = true;
+      if ((int(fibers[i].thread.x) / 128 == starved) != is_starved) continue;
+      self = &fibers[i];
+      swapcontext(&scheduler, &self->context);
+    }
+  };
+  while (live) {
     const long before = progress;
     live = false;
     for (int first = 0; first < total; first += num_threads)  // one CTA as far as it gets before the next: they drift apart
-      for (long last = -1; last != progress;) {
-        last = progress;
-        for (int i = first; i < first + num_threads; ++i) {
-          if (fibers[i].done) continue;
-          live = true;
-          self = &fibers[i];
-          swapcontext(&scheduler, &self->context);
-        }
-      }
+      for (long last = -1; last != progress;) last = progress, run(first, false);
+    for (int first = 0; first < total && progress == before; first += num_threads) run(first, true);
     if (live && progress == before && !on_idle()) {
       fprintf(stderr, "simulate: deadlock in CTA %u\n", block.x);
       abort();

@@ -5,7 +5,8 @@
                  tile_scheduler.py hands them out
     consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (wgmma's A, 64 rows), tokens are B, fp32 accumulators;
                  4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
-    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128] with 128-byte swizzle
+    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128 bytes] of half of one, or at 16 and 32
+                 columns of all halves of a stage, with 128-byte swizzle
     last 3 warps cp.async: scale bytes of the tile's rows, 16 at a time where rows are aligned
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
@@ -122,18 +123,18 @@ class GroupedGemm(Epilogue):
         return p.weight_map(self.c), self._token_maps(p)
 
     def _token_maps(self, p) -> tuple:
-        """Of a stage's columns at once, or of 128 bytes: a box of the tile's least width, or of this CTA's share of it, and
-        one of what is added to that."""
+        """One map whose box is a stage's columns, or two with boxes of 128 bytes a row: of the tile's least width (a CTA's
+        share of it), and of ``token_box`` rows more."""
         c, row, rows = self.c, 128 // self.token_bytes, self.a.max_tiles * self.c.tile_m
         encode = functools.partial(tensor_map, address(p.operand), dtype=self.token_dtype, swizzle=3)
         if c.loads_columns_at_once:
-            box = [row, c.tile_m, self.halves]
+            box = [row, c.tile_m, self.token_pieces]
             return (encode([row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)], box),)
-        sizes = [c.widths[0] // c.cluster, c.token_box]
-        return tuple(encode([p.padded_k, rows], [2 * p.padded_k], [row, size]) for size in sizes[: len(c.widths)])
+        sizes = [c.widths[0] // c.cluster] + ([] if c.has_one_width else [c.token_box])
+        return tuple(encode([p.padded_k, rows], [2 * p.padded_k], [row, size]) for size in sizes)
 
     @property
-    def halves(self) -> int:
+    def token_pieces(self) -> int:
         """Pieces of 128 bytes that a stage has of a token."""
         return self.token_bytes * self.c.k_blocks
 
@@ -301,18 +302,18 @@ class GroupedGemm(Epilogue):
         """A stage's token boxes; the CTAs of a cluster share them, and all get all."""
         c, rank = self.c, self.scheduler.rank
         if c.loads_columns_at_once:
-            self._load_box(0, 0, [0, tile.token_tile * c.tile_m, step * self.halves])
+            self._load_box(0, 0, [0, tile.token_tile * c.tile_m, step * self.token_pieces])
             return
 
         def load_rows(number: int, row) -> None:
-            for half in range(self.halves):
-                k = (step * self.halves + half) * (128 // self.token_bytes)
-                self._load_box(number, half * c.tile_m + row, [k, tile.token_tile * c.tile_m + row])
+            for piece in range(self.token_pieces):
+                k = (step * self.token_pieces + piece) * (128 // self.token_bytes)
+                self._load_box(number, piece * c.tile_m + row, [k, tile.token_tile * c.tile_m + row])
 
         load_rows(0, rank * (c.widths[0] // c.cluster))
         if c.has_one_width:
             return
-        num_more = x_bytes // (self.halves * 128 * c.token_box) - c.widths[0] // c.token_box
+        num_more = x_bytes // (self.token_pieces * 128 * c.token_box) - c.widths[0] // c.token_box
         with for_((num_more + (c.cluster - 1 - rank)) // c.cluster) as turn:
             load_rows(1, c.widths[0] + (turn * c.cluster + rank) * c.token_box)
 
@@ -329,7 +330,7 @@ class GroupedGemm(Epilogue):
         """Bytes of token columns that a stage of this tile loads."""
         c = self.c
         rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
-        return let(rows * (self.halves * 128))
+        return let(rows * (self.token_pieces * 128))
 
     def _produce_scales(self, lane) -> None:
         self._begin_role()

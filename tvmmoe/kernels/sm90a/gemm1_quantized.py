@@ -2,9 +2,9 @@
 """gemm1 of a gated activation that rounds z to the activation format before it stores it (requantize.py): a launch and a
 pass over z less. For a token or two (gemm_pair); with more, what it adds to every tile's end is longer than that pass.
 
-A scale block of z is 32 or 16 neighbouring columns, which the tiles of gemm1.py divide among four 64-row fragments. Here a
-fragment is 32 neighbouring columns, up rows and gate rows, and a lane takes two of a token's. In K order (layout.py) they are
-a word of two lanes' columns, words 16 bytes apart: eight times the stores, of a z that is small.
+A scale block of z is 32 or 16 neighbouring columns, which the tiles of gemm1.py divide among four or two 64-row fragments.
+Here a fragment is 32 neighbouring columns, up rows and gate rows, and a lane takes two of a token's. In K order (layout.py)
+they are a word of two lanes' columns, words 16 bytes apart: four times the stores, of a z that is small.
 """
 
 from tvm.script import tirx as T
@@ -42,7 +42,7 @@ class QuantizedGemm1(Gemm1):
 
     def __init__(self, a, form: ActivationFormat):
         super().__init__(a, is_gated=True)
-        self.form, self.name = form, f"gemm1_{form.name}"
+        self.form = form
 
     def weight_map(self, c: GemmConfig):
         size, row = self.a.intermediate_size, self.k // 2
@@ -94,6 +94,6 @@ class QuantizedGemm1(Gemm1):
             amax = let(T.max(amax, shuffle_xor(amax, distance)))
         largest = let(bits(amax, "float32"))
         if self.form == ActivationFormat.mxfp8:
-            round_mxfp8(values, 2, largest)
+            round_mxfp8(values, range(2), largest)
         else:
             round_nvfp4(values, range(2), largest)

@@ -17,7 +17,6 @@ from tvmmoe.kernels.sm90a.trace import (
     cast,
     cuda,
     if_,
-    if_else,
     let,
     load,
     load_vec4,
@@ -30,9 +29,6 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 EPILOGUE_TOKENS = 32  # evaluated together
-# By warpgroups that share rows: threads at the barrier of sums that have been read, which are the reader's and those that
-# write the buffer next. Of four the next finisher does not write, of two it is the reader.
-NUM_READ = {2: 256, 4: 384}
 
 
 class Results:
@@ -54,58 +50,30 @@ class Epilogue:
         if self.c.ks == 1:
             self._store_tile(tile, state)
             return
-
-        def finish() -> None:
-            self._collect_sums()
-            self._store_tile(tile, state)
-
-        # Warpgroups that share rows take turns in finishing a tile; the others hand over their sums and go on.
-        if_else(self.k_sub == self.turn % self.c.ks, finish, self._hand_over_sums)
-        assign(self.turn, self.turn + 1)
-
-    # Sums of a tile go through one of two buffers. Its named barriers tell the finisher that they are there, and who writes
-    # the sums of the tile after the next one that they have been read. Nobody waits for the slowest at every tile: all would
-    # wait for the finisher of the one before, so that its epilogue would add to every tile's time.
-
-    def _sum_barriers(self):
-        """(sums are there, sums have been read): barriers of this tile's buffer, behind those of the warpgroups."""
-        first = let(1 + self.c.warpgroups + 2 * self.row_group + self.turn % 2)
-        return cast(first, "uint32"), cast(first + 2 * self.c.row_groups, "uint32")
-
-    def _sums(self) -> list:
-        """What is summed, as (accumulators, index)."""
-        return [(acc, i) for acc in self.acc for i in range(self.acc_count)]
-
-    def _partial_place(self, slot, index: int):
-        """Of this thread's sum of that number, in what the ``slot``-th other warpgroup writes."""
-        buffer = (self.row_group * 2 + self.turn % 2) * ((self.c.ks - 1) * self.partial_words)
-        return self.partial.ptr_to([let(buffer + slot * self.partial_words + self.thread.tid % 128) + index * 128])
-
-    def _hand_over_sums(self) -> None:
-        ks = self.c.ks
-        there, read = self._sum_barriers()
-        reader = (self.turn + (ks - 2)) % ks  # of the tile before the last one
-        with if_(T.And(self.turn >= 2, self.k_sub != reader)):
-            ptx["barrier.sync.aligned"](read, u32(NUM_READ[ks]))
-        slot = let((self.k_sub ^ (self.turn % ks)) - 1)  # 0: the other of the finisher's pair
-        for index, (acc, i) in enumerate(self._sums()):
-            ptx["st.shared.f32"](self._partial_place(slot, index), acc[i])
-        ptx["barrier.arrive.aligned"](there, u32(128 * ks))
-
-    def _collect_sums(self) -> None:
-        """In pairs, (0 + 1) + (2 + 3), so that the result does not depend on who finishes."""
-        ks = self.c.ks
-        there, read = self._sum_barriers()
-        ptx["barrier.sync.aligned"](there, u32(128 * ks))
+        # Warpgroups that share rows take turns in finishing a tile; the others hand over their sums. Two buffers and
+        # one barrier a tile are enough: who passes the barrier of tile i + 1 has read the sums of tile i. Sums are added in
+        # pairs, (0 + 1) + (2 + 3), so that the result does not depend on who finishes.
+        ks, thread = self.c.ks, self.thread.tid % 128
+        base = let((self.row_group * 2 + self.turn % 2) * ((ks - 1) * self.partial_words) + thread)
+        finisher = let(self.turn % ks)
+        accumulators = [(acc, i) for acc in self.acc for i in range(self.acc_count)]
+        with if_(self.k_sub != finisher):
+            slot = (self.k_sub ^ finisher) - 1  # 0: the other of the finisher's pair
+            mine = let(base + slot * self.partial_words)
+            for index, (acc, i) in enumerate(accumulators):
+                ptx["st.shared.f32"](self.partial.ptr_to([mine + index * 128]), acc[i])
+        ptx["barrier.sync.aligned"](cast(self.row_group + (1 + self.c.warpgroups), "uint32"), u32(128 * ks))
 
         def partial_sum(slot: int, index: int):
-            return load("float32", self._partial_place(slot, index), "shared")
+            return load("float32", self.partial.ptr_to([base + (slot * self.partial_words + index * 128)]), "shared")
 
-        for index, (acc, i) in enumerate(self._sums()):
-            store(acc, acc[i] + partial_sum(0, index), i)
-        for index, (acc, i) in enumerate(self._sums() if ks == 4 else []):
-            store(acc, acc[i] + (partial_sum(1, index) + partial_sum(2, index)), i)
-        ptx["barrier.arrive.aligned"](read, u32(NUM_READ[ks]))
+        with if_(self.k_sub == finisher):
+            for index, (acc, i) in enumerate(accumulators):
+                store(acc, acc[i] + partial_sum(0, index), i)
+            for index, (acc, i) in enumerate(accumulators if ks == 4 else []):
+                store(acc, acc[i] + (partial_sum(1, index) + partial_sum(2, index)), i)
+            self._store_tile(tile, state)
+        assign(self.turn, self.turn + 1)
 
     def _warpgroup_sync(self) -> None:
         cuda.warpgroup_sync(self.warpgroup + 1)

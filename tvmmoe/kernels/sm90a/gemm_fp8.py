@@ -84,7 +84,7 @@ class Fp8Gemm(GroupedGemm):
     def reserved_bytes(self) -> int:
         c = self.c
         info = INFO_BUFFERS * 4 * (c.rows + c.tile_m + 4)
-        return fp8.TABLE_BYTES + info + c.warpgroups * c.tile_m * 4 + 5 * 128
+        return fp8.TABLE_BYTES + info + c.warpgroups * c.tile_m * 4 + 5 * 128  # the last for small ones and alignment
 
     def _allocate_more(self, smem) -> None:
         c = self.c
@@ -238,8 +238,9 @@ class Fp8Gemm(GroupedGemm):
             if_else(tile.num_rows <= widths[0], main_loop, lambda: self._at_width(tile, widths[1:]))
 
     def _multiply_stage(self, width: int, is_last: bool) -> None:
-        """The K blocks of a stage, the first of them decoded. While one multiplies the next is decoded, that of the next
-        stage too. A block's four steps are one wgmma group: ptxas serialises what is cut finer."""
+        """The K blocks of a stage, the first of them decoded. While one multiplies the next is decoded; while the last one
+        does, the first of the next stage, which must be there before this one is released. A block's four steps are one
+        wgmma group: ptxas serialises what is cut finer."""
         c, stage, tokens = self.c, let(self.stage), self._stage_descriptor()
         for block in range(c.k_blocks):
             self._issue_block(width, block, tokens + T.uint64(block * self.x_block // 16))

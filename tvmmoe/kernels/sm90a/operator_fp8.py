@@ -27,7 +27,7 @@ TILE_M = 128  # of those tried on the H100 the only one that wins (schedules/not
 # exact kernels' 876), and 64, where it is faster (Qwen3-235B, 651 beside 714).
 MIN_ROWS = 48.0
 SYMBOL = f"fp4_block_scale_moe_mxfp4_mxfp8_m{TILE_M}"
-# Two CTAs share their tokens: 3 to 6 % on an H200, where loads are not the limit but the power that everything costs.
+# Two CTAs share their tokens: 3 to 6 % on an H200. The limit is power, not loads, but loads cost it too.
 GEMM = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=2, cluster=2)
 WIDTH_STEP = 32  # between GEMM.widths
 

@@ -12,8 +12,9 @@ tells. A word knows its last writer and who has read it since.
     a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp
 
 Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
-simulation made them. Races between lanes of a warp are only found where the lanes do not meet in between; accesses to
-global memory are not watched.
+simulation made them. But what a barrier waits for follows one order of arrivals: ``tvmmoe_starve`` lets one warpgroup of
+every CTA run only when nothing else can (-1: none). Races between lanes of a warp are only found where the lanes do not meet
+in between; accesses to global memory are not watched.
 """
 
 import re
@@ -121,18 +122,14 @@ inline void complete(uint64_t barrier, unsigned phase) {
   p.pending.clear();
 }
 inline void acquire(uint64_t barrier, unsigned phase) { join(clocks[me()], phases[barrier].done[phase & 1]); }
-inline Clock& tell(const void* at, int generation) {  // who meets there
+template <class Wait> void meet(const void* at, int generation, Wait wait) {
   Meeting& m = meetings[at];
   const int slot = generation & 1;
   if (m.generations[slot] != generation) m.generations[slot] = generation, m.clocks[slot].clear();
   join(m.clocks[slot], clocks[me()]);
   ++clocks[me()][me()];
-  return m.clocks[slot];
-}
-template <class Wait> void meet(const void* at, int generation, Wait wait) {
-  Clock& told = tell(at, generation);
   wait();
-  join(clocks[me()], told);
+  join(clocks[me()], meetings[at].clocks[slot]);
 }
 // An element of an array in shared memory; other arrays are not watched.
 template <class T> struct Element {
@@ -185,6 +182,7 @@ inline void retire(int left) {
 }  // namespace race
 extern "C" __attribute__((visibility("default"))) long tvmmoe_races() { return race::count; }
 extern "C" __attribute__((visibility("default"))) long tvmmoe_checks() { return race::num_checks; }
+extern "C" __attribute__((visibility("default"))) void tvmmoe_starve(int warpgroup) { sim::starved = warpgroup; }
 """
 IGNORE = r"""
 namespace race {
@@ -193,7 +191,6 @@ template <class... A> void release(A...) {}
 template <class... A> void acquire(A...) {}
 template <class... A> int copy(A...) { return 0; }
 template <class... A> void copied(A...) {}
-template <class... A> void tell(A...) {}
 template <class Wait> void meet(const void*, int, Wait wait) { wait(); }
 template <class... A> void write(A...) {}
 template <class... A> void wgmma_read(A...) {}

@@ -105,14 +105,14 @@ def _round_magnitude(x, mantissa_bits: int, lowest: int):
     return let(shifted - magic)
 
 
-def round_mxfp8(values, count: int, amax) -> None:
-    """The first ``count`` values of a scale block whose largest magnitude is ``amax``."""
+def round_mxfp8(values, which: range, amax) -> None:
+    """Values of a scale block whose largest magnitude is ``amax``."""
     scale = let(numerics.ue8m0_scale_ceil(let(amax / T.float32(448))))
     pattern = let(bits(scale))
     # 1 / 2^k: exponents add up to 254; those of 2^127 and 2^-127, a subnormal, do not.
     inverse = let(T.Select(pattern == u32(1 << 22), u32(254 << 23), u32(254 << 23) - pattern))
     reciprocal = let(bits(T.max(inverse, u32(1 << 22)), "float32"))
-    for i in range(count):
+    for i in which:
         magnitude = _round_magnitude(let(T.abs(values[i]) * reciprocal), 3, -6)
         store(values, numerics.with_sign_of(let(magnitude * scale), values[i]), i)
 
@@ -183,7 +183,7 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
             if form == ActivationFormat.mxfp8:
-                round_mxfp8(values, 32, _amax(values, 0, 32))
+                round_mxfp8(values, range(32), _amax(values, 0, 32))
             else:
                 _round_nvfp4_blocks(values)
             block.store(values)

@@ -57,7 +57,6 @@ struct Mbarrier {
 inline std::map<uint64_t, Mbarrier> mbarriers;
 inline std::map<int, Barrier> named_barriers;
 inline Barrier& named(int id) { return named_barriers[self->rank * 10000 + id]; }
-inline bool resets = (on_end = [] { named_barriers.clear(); }, true);  // what nobody came to wait for
 inline uint64_t key(int rank, uint32_t at) { return uint64_t(rank) << 32 | at; }
 inline Mbarrier& mbarrier_of(int rank, uint32_t at) {
   const auto found = mbarriers.find(key(rank, at));
@@ -268,11 +267,6 @@ inline void red_release_gpu_global_add_u32(const void* p, uint32_t value) {
 }
 inline void bar_sync(int id, int count) { sim::meet(sim::named(id), count); }
 inline void barrier_sync_aligned(uint32_t id, uint32_t count) { sim::meet(sim::named(id), count); }
-inline void barrier_arrive_aligned(uint32_t id, uint32_t count) {
-  sim::Barrier& barrier = sim::named(id);
-  race::tell(&barrier, barrier.generation);
-  sim::arrive_at(barrier, count);
-}
 inline void mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
   sim::mbarriers[sim::key(sim::self->rank, at)] = {int(count), int(count)};
 }

@@ -150,7 +150,7 @@ class TileScheduler:
 
         def follow() -> None:
             self.advance()
-            cuda.warp_sync()  # all lanes have read the slot when the issuer's next stage says so
+            cuda.warp_sync()  # so that the issuer's next arrival is behind all lanes' reads of the slot
 
         if_else(self.rank == 0, lead, follow)
 
