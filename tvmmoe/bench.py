@@ -412,10 +412,10 @@ def save(head: dict[str, Any], rows: list[Row], path: Path) -> None:
 
 
 def modes_of(names: str) -> list[str]:
-    """Keys of MODES from ``--mode``; raises ValueError for one that is not there."""
+    """Type of an option: keys of MODES."""
     modes = list(MODES) if names == "all" else names.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
-        raise ValueError(f"--mode: got {unknown[0]}, expected all or some of {', '.join(MODES)}")
+        raise argparse.ArgumentTypeError(f"got {unknown[0]}, expected all or some of {', '.join(MODES)}")
     return modes
 
 
@@ -425,7 +425,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.bench", description=__doc__, formatter_class=formatter)
     parser.add_argument("--shape", default="Qwen3-30B-A3B", help=f"all, or several of {', '.join(shapes())}")
     parser.add_argument("--tokens", default="1,16,128")
-    parser.add_argument("--mode", default="bf16-mxfp4", help=f"activations-weights: all, or several of {', '.join(MODES)}")
+    mode_help = f"activations-weights: all, or several of {', '.join(MODES)}"
+    parser.add_argument("--mode", type=modes_of, default="bf16-mxfp4", help=mode_help)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--stages", action="store_true", help="per-kernel times (CUDA)")
@@ -436,7 +437,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.shape = list(shapes()) if options.shape == "all" else options.shape.split(",")
     try:
-        options.modes = modes_of(options.mode)
         options.tokens = [int(n) for n in options.tokens.split(",")]
         for name in options.shape:
             shape_case(name, 1)
@@ -453,11 +453,11 @@ def main(argv: list[str] | None = None) -> int:
     machine = measure_machine(torch.device(options.device))
     print(f"{machine.name}: copy {machine.copy_gb_per_s:.0f} GB/s, bf16 matmul {machine.bf16_tflop_per_s:.2f} TFLOP/s")
     print(HEADER, flush=True)
-    head = dict(environment=environment(torch.device(options.device)), machine=dataclasses.asdict(machine))
     rows, status = [], 0
     if options.save:
+        head = dict(environment=environment(torch.device(options.device)), machine=dataclasses.asdict(machine))
         save(head, rows, options.save)
-    for mode, name in itertools.product(options.modes, options.shape):
+    for mode, name in itertools.product(options.mode, options.shape):
         try:
             kwargs = shape_call(name, max(options.tokens), MODES[mode], options.device)
             for num_tokens in options.tokens:

@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.crossovers", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", help="of schedules/shapes.json, several with commas")
-    parser.add_argument("--mode", default="bf16-mxfp4", help=f"all, or several of {', '.join(MODES)}")
+    parser.add_argument("--mode", type=modes_of, default="bf16-mxfp4", help=f"all, or several of {', '.join(MODES)}")
     parser.add_argument("--rows", help="rows per expert, several with commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json, or with the GPU's name")
@@ -198,10 +198,6 @@ def main(argv: list[str] | None = None) -> int:
     name = gpu or f"{torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
     try:
-        modes = modes_of(options.mode)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
         grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]
     except ValueError:
         parser.error(f"--rows: got {options.rows!r}, expected numbers separated by commas")
@@ -209,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = options.out or path_of(target, gpu)
         recorded(path, name)  # refuses before the work, not after it
-        for mode, shape in itertools.product(modes, shapes):
+        for mode, shape in itertools.product(options.mode, shapes):
             for record in measure(shape, MODES[mode], grid, device):
                 records.append(record)
                 best = min(record["us"], key=record["us"].get)
