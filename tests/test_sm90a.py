@@ -7,6 +7,7 @@ and in rows, all routing methods, poisoned memory, and a second run. Some of the
 
 import functools
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ CASES = {
     "nvfp4": dict(activation_format=A.nvfp4, weight_format=NV, hidden_size=288, intermediate_size=160),
     "nvfp4_per_token": dict(activation_format=A.nvfp4, weight_format=NV, has_per_token_scale=True, intermediate_size=1056),
 }  # fmt: skip
-# A token or two: at 8 columns, of bf16 tokens and gated, both GEMMs are one kernel.
+# A token or two: at 8 columns, gated and without per-token scales, both GEMMs are one kernel.
 FEW_TOKENS = {
     "two_tokens": dict(num_tokens=2, hidden_size=416, intermediate_size=352, has_gemm1_bias=True, has_gemm2_bias=True),
     "gpt_oss": dict(CASES["gpt_oss"], num_tokens=2, num_experts=16),
@@ -69,7 +70,10 @@ FEW_TOKENS = {
     "three_tokens": dict(num_tokens=3, hidden_size=416, intermediate_size=352),
     "nvfp4_weights": dict(num_tokens=1, weight_format=NV, hidden_size=288, intermediate_size=1120),
     "mxfp8": dict(num_tokens=1, activation_format=A.mxfp8, hidden_size=288),
+    "mxfp8_odd": dict(num_tokens=2, activation_format=A.mxfp8, intermediate_size=352, has_gemm1_bias=True, clamp_limit=2.0),
+    "mxfp8_relu2": dict(num_tokens=2, activation_format=A.mxfp8, activation=ActivationType.Relu2),
     "nvfp4": dict(num_tokens=2, activation_format=A.nvfp4, weight_format=NV, hidden_size=288, intermediate_size=160),
+    "nvfp4_per_token": dict(num_tokens=2, activation_format=A.nvfp4, weight_format=NV, has_per_token_scale=True),
 }  # fmt: skip
 ROUTES = {
     **{method.name: dict(routing_method=method, top_k=1 if method == Method.Llama4 else 8) for method in Method},
@@ -232,7 +236,8 @@ class TestRoutes:
 SMALL = Case(num_tokens=24, hidden_size=256, intermediate_size=160, num_experts=3, top_k=2)
 # (weight format, tile, copies at once): the K split over warpgroups, one and two fragments sets, clusters of two CTAs.
 SIMULATED = {
-    "ks_4": (MX, 8, False), "ks_4_early": (MX, 8, True), "ks_2": (NV, 16, False), "widths": (NV, 96, False),
+    "ks_4": (MX, 8, False), "ks_4_early": (MX, 8, True), "ks_4_nvfp4": (NV, 8, False), "ks_2": (NV, 16, False),
+    "widths": (NV, 96, False),
     "cluster": (MX, 256, False), "cluster_early": (MX, 256, True),
 }  # fmt: skip
 SIMULATED_CASES = {
@@ -259,7 +264,8 @@ def source_of(weight_format: WeightFormat, tile_m: int, num_ctas: int = 4) -> tu
         patch.setattr(tile_scheduler, "NUM_CTAS", num_ctas)
         (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
         source = build.cuda_source([variant])
-    assert ("gemm_pair" in source) == (tile_m == 8)
+    for form in ("gemm_pair", "gemm_pair_mxfp8" if weight_format == MX else "gemm_pair_nvfp4"):
+        assert (f"{variant.symbol}_{form}(" in source) == (tile_m == 8)
     return variant.symbol, source
 
 
@@ -281,9 +287,14 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
 @pytest.mark.parametrize(
-    "case_name", ["gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8"]
-)
-@pytest.mark.parametrize("name", ["ks_4", "ks_4_early"])
+    "name, case_name",
+    [
+        *itertools.product(["ks_4", "ks_4_early"], [
+            "gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd",
+            "mxfp8_relu2"]),
+        *itertools.product(["ks_4_nvfp4"], ["nvfp4_weights", "nvfp4", "nvfp4_per_token"]),
+    ],
+)  # fmt: skip
 def test_simulated_pair_matches_reference(name, case_name, folder):
     """CTA after CTA, so what one waits for must not be left to another."""
     check_simulated(name, BASE, FEW_TOKENS[case_name], folder, is_zero=case_name == "none_ours")

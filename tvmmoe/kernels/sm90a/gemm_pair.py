@@ -16,6 +16,7 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a import prologue
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Work
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
+from tvmmoe.kernels.sm90a.gemm1_quantized import QuantizedGemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.tile_scheduler import PairScheduler, Tile
@@ -23,25 +24,27 @@ from tvmmoe.kernels.sm90a.trace import address, assign, cast, cuda, for_, if_, l
 
 
 def is_served(a, is_gated):
-    """Whether the kernel takes the call (host expression): few tokens, and z as gemm1 stores it."""
+    """Whether the kernel takes the call (host expression): few tokens, and z that gemm1 can store as gemm2 reads it."""
     is_few = T.And(a.num_tokens <= prologue.FEW_TOKENS, prologue.is_small(a))
-    return T.And(is_few, T.And(is_gated, a.activation_format == int(ActivationFormat.bf16)))
+    return T.And(is_few, T.And(is_gated, a.per_token_scale == 0))
 
 
 class GemmPair(GroupedGemm):
     """Emits the kernel; while tracing, ``p`` is one problem after the other."""
 
-    def __init__(self, a, config: GemmConfig):
+    def __init__(self, a, config: GemmConfig, form: ActivationFormat):
         assert config.cluster == 1, config
         super().__init__(a, config, Gemm2(a))  # whose results take more shared memory
-        self.problems = Gemm1(a, is_gated=True), self.p
+        is_bf16 = form == ActivationFormat.bf16
+        self.name = "gemm_pair" if is_bf16 else f"gemm_pair_{form.name}"
+        self.problems = Gemm1(a, is_gated=True) if is_bf16 else QuantizedGemm1(a, form), self.p
 
     def _scheduler(self) -> PairScheduler:
         return PairScheduler(self.a, self.c, Gemm1.number)
 
     def emit(self) -> None:
         maps, row_blocks = [self._maps(p) for p in self.problems], [self._row_blocks(p) for p in self.problems]
-        with self._kernel("gemm_pair"):
+        with self._kernel(self.name):
             self._allocate()
             ptx.griddepcontrol.wait()
             self.works = [self._begin(p, *m, self._k_steps(p)) for p, m in zip(self.problems, maps, strict=True)]
@@ -63,8 +66,8 @@ class GemmPair(GroupedGemm):
     def _issue_loads(self, is_issuer) -> None:
         with if_(is_issuer):
             for work in self.works:
-                ptx.prefetch.tensormap(T.address_of(work.weight_map))
-                ptx.prefetch.tensormap(T.address_of(work.token_map))
+                for tensor in (work.weight_map, *work.token_maps):
+                    ptx.prefetch.tensormap(T.address_of(tensor))
         self.scheduler.lead(is_issuer, "global")
         early = scalar("int32", T.int32(0))
         self._in_turn(lambda: self._load_tiles(is_issuer, early))
@@ -122,6 +125,6 @@ class GemmPair(GroupedGemm):
                 ptx["red.release.gpu.global.add.u32"](self._count(tile), u32(1))
 
 
-def gemm_pair(a, config: GemmConfig) -> None:
-    """Emit the kernel."""
-    GemmPair(a, config).emit()
+def gemm_pair(a, config: GemmConfig, form: ActivationFormat) -> None:
+    """Emit the kernel for activations of one format, nvfp4 without per-token scales."""
+    GemmPair(a, config, form).emit()

@@ -37,6 +37,7 @@ TOP_EXPONENT = 6  # s of a row's largest scale
 MAX_SPREAD = 14  # octaves between a row's largest and smallest scale
 TABLE_ENTRIES, TABLE_BYTES = 256, 2048
 UNIT_TABLE = (0xBCB8B080, 0xCCC8C4C0)  # the entry of s = 0
+SIGN_TEST = 0x40404040  # both sources of the second prmt
 # Bases of rows and tokens beyond these would over- or underflow when one follows the other in float32.
 MIN_BASE, MAX_BASE = 34, 224
 # A folded block whose largest value is below this has lost more than 2^-10 of 7/8. Blocks that an encoder made have a
@@ -66,13 +67,14 @@ def write_table_entry(table, index) -> None:
     ptx["st.shared.v2.b32"](table.ptr_to([index * 8]), *words)
 
 
-def decode_word(word, table, destination, r: int) -> None:
-    """Eight e2m1 of ``word`` -> A registers r and 2 + r of a k32 step, through a table entry of two words."""
+def decode_word(word, table, destination, r: int, sign_test) -> None:
+    """Eight e2m1 of ``word`` -> A registers r and 2 + r of a k32 step, through a table entry of two words; ``sign_test``
+    is SIGN_TEST in a register."""
     magnitudes = let(word & u32(0x77777777))
     for h in range(2):
         value, positive = scalar("uint32"), scalar("uint32")
         ptx["prmt.b32"](value, table[0], table[1], magnitudes if h == 0 else magnitudes >> u32(16))
-        ptx["prmt.b32"](positive, u32(0x40404040), u32(0x40404040), word if h == 0 else word >> u32(16))
+        ptx["prmt.b32"](positive, sign_test, sign_test, word if h == 0 else word >> u32(16))
         store(destination, positive * u32(0xFFFFFFFE) + value, 2 * h + r)
 
 

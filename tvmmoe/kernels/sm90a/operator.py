@@ -128,7 +128,7 @@ def packed_function(
     variant: Variant, launch_params: list[str], gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None = None
 ) -> tvm.tirx.PrimFunc:
     """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them,
-    ``gemm_pair(a, config)`` both at once for what gemm_pair.is_served says."""
+    ``gemm_pair(a, config, activation_format)`` both at once for what gemm_pair.is_served says."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(variant.symbol)
@@ -173,7 +173,7 @@ def _launch_all(
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     apart = functools.partial(_launch_gemms, a, variant, gemm1, gemm2, is_gated)
     if gemm_pair is not None:
-        if_else(is_served(a, is_gated), lambda: gemm_pair(a, variant.gemm1), apart)
+        if_else(is_served(a, is_gated), lambda: by_format(lambda form: gemm_pair(a, variant.gemm1, form)), apart)
     else:
         apart()
     with if_(a.do_finalize != 0):

@@ -23,14 +23,13 @@ from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
 
 TILE_M = 128  # of those tried on the H100 the only one that wins (schedules/notes.md)
-# Rows an expert from which it serves. H100, us beside the bf16 kernels: Qwen3-235B at 64 rows 719 and 879, at 512 3584 and
-# 4885; DeepSeek-V3 at 256 9518 and 11478. Nothing was measured below 64: 48 is an estimate.
+# Rows an expert from which it serves: an estimate between 32, where it is slower (gpt-oss-120b on an H200, 1191 us beside the
+# exact kernels' 876), and 64, where it is faster (Qwen3-235B, 651 beside 714).
 MIN_ROWS = 48.0
 SYMBOL = f"fp4_block_scale_moe_mxfp4_mxfp8_m{TILE_M}"
-# A stage's K blocks are also what is summed between two promotions to float32: z is rounded to e4m3 after gemm1.
-GEMM1 = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=1)
-GEMM2 = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=2)
-WIDTH_STEP = 32  # between GEMM1.widths
+# Two CTAs share their tokens: 3 to 6 % on an H200. The limit is power, not loads, but loads cost it too.
+GEMM = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=2, cluster=2)
+WIDTH_STEP = 32  # between GEMM.widths
 
 
 def operator() -> tvm.tirx.PrimFunc:
@@ -52,12 +51,9 @@ def _launch_all(a: Arguments) -> None:
     permute.scatter(a, TILE_M, WIDTH_STEP)
     gather_fp8(a)
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
-    if_else(
-        is_gated,
-        lambda: Fp8Gemm(a, GEMM1, Gemm1(a, True)).emit(),
-        lambda: Fp8Gemm(a, GEMM1, Gemm1(a, False)).emit(),
-    )
+    # What the tensor core sums is less exact: one K block in gemm1, since z is rounded to e4m3 then, and two in gemm2.
+    if_else(is_gated, *(Fp8Gemm(a, GEMM, Gemm1(a, gated), promoted_blocks=1).emit for gated in (True, False)))
     requantize_fp8(a, TILE_M)
-    Fp8Gemm(a, GEMM2, Gemm2(a)).emit()
+    Fp8Gemm(a, GEMM, Gemm2(a), promoted_blocks=2).emit()
     with if_(a.do_finalize != 0):
         finalize(a, knows_rows=True)

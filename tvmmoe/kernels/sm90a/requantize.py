@@ -105,13 +105,14 @@ def _round_magnitude(x, mantissa_bits: int, lowest: int):
     return let(shifted - magic)
 
 
-def _round_mxfp8(values) -> None:
-    scale = let(numerics.ue8m0_scale_ceil(let(_amax(values, 0, 32) / T.float32(448))))
+def round_mxfp8(values, which: range, amax) -> None:
+    """Values of a scale block whose largest magnitude is ``amax``."""
+    scale = let(numerics.ue8m0_scale_ceil(let(amax / T.float32(448))))
     pattern = let(bits(scale))
     # 1 / 2^k: exponents add up to 254; those of 2^127 and 2^-127, a subnormal, do not.
     inverse = let(T.Select(pattern == u32(1 << 22), u32(254 << 23), u32(254 << 23) - pattern))
     reciprocal = let(bits(T.max(inverse, u32(1 << 22)), "float32"))
-    for i in range(32):
+    for i in which:
         magnitude = _round_magnitude(let(T.abs(values[i]) * reciprocal), 3, -6)
         store(values, numerics.with_sign_of(let(magnitude * scale), values[i]), i)
 
@@ -127,24 +128,29 @@ def _quotient(x, scale, reciprocal):
     return let(_fma(rest, reciprocal, estimate))
 
 
-def _round_nvfp4(values, row_scale) -> None:
-    for block in (0, 16):
-        ratio = let(_amax(values, block, 16) / T.float32(6))
-        if row_scale is not None:
-            assign(ratio, ratio / row_scale)
-        scale = let(numerics.round_to_e4m3(ratio))
-        full = scale if row_scale is None else let(scale * row_scale)
-        is_zero = full == T.float32(0)
-        if row_scale is not None:  # an all-zero row: 0 / 0 above
-            is_zero = T.Or(is_zero, row_scale == T.float32(0))
-            assign(scale, T.Select(is_zero, T.float32(0), scale))
-        divisor = let(T.Select(is_zero, T.float32(1), full))
-        reciprocal = let(T.float32(1) / divisor) if row_scale is None else None
-        for i in range(block, block + 16):
-            x = let(T.abs(values[i]))
-            ratio = let(x / divisor) if row_scale is not None else _quotient(x, divisor, reciprocal)
-            code = _round_magnitude(let(T.min(ratio, T.float32(6))), 1, 0)
-            store(values, numerics.with_sign_of(let(code * scale), values[i]), i)
+def round_nvfp4(values, which: range, amax, row_scale=None) -> None:
+    """Values of a scale block whose largest magnitude is ``amax``; ``row_scale`` is that of a row with per-token scales."""
+    ratio = let(amax / T.float32(6))
+    if row_scale is not None:
+        assign(ratio, ratio / row_scale)
+    scale = let(numerics.round_to_e4m3(ratio))
+    full = scale if row_scale is None else let(scale * row_scale)
+    is_zero = full == T.float32(0)
+    if row_scale is not None:  # an all-zero row: 0 / 0 above
+        is_zero = T.Or(is_zero, row_scale == T.float32(0))
+        assign(scale, T.Select(is_zero, T.float32(0), scale))
+    divisor = let(T.Select(is_zero, T.float32(1), full))
+    reciprocal = let(T.float32(1) / divisor) if row_scale is None else None
+    for i in which:
+        x = let(T.abs(values[i]))
+        ratio = let(x / divisor) if row_scale is not None else _quotient(x, divisor, reciprocal)
+        code = _round_magnitude(let(T.min(ratio, T.float32(6))), 1, 0)
+        store(values, numerics.with_sign_of(let(code * scale), values[i]), i)
+
+
+def _round_nvfp4_blocks(values, row_scale=None) -> None:
+    for first in (0, 16):
+        round_nvfp4(values, range(first, first + 16), _amax(values, first, 16), row_scale)
 
 
 def is_live(a, row, tile_m: int):
@@ -177,9 +183,9 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
             if form == ActivationFormat.mxfp8:
-                _round_mxfp8(values)
+                round_mxfp8(values, range(32), _amax(values, 0, 32))
             else:
-                _round_nvfp4(values, None)
+                _round_nvfp4_blocks(values)
             block.store(values)
 
 
@@ -203,7 +209,7 @@ def _requantize_rows(a, tile_m: int) -> None:
             with for_(rounds) as i:
                 block = warp_block(a, row, i, thread.lane)
                 values = block.load()
-                _round_nvfp4(values, row_scale)
+                _round_nvfp4_blocks(values, row_scale)
                 block.store(values)
 
 

@@ -74,11 +74,9 @@ class TileScheduler:
             offset = let(cast(self._first_tile(), "int64") * 4)
             for name in ("tile_expert", "tile_rows"):
                 load("int32", address(self.a.ws[name], offset))
-        self.num_items = let(self._num_tiles() * self.row_blocks)
+        self.num_tiles = load("int32", address(self.a.ws["num_tiles"]), PAST_L1)
+        self.num_items = let(self.num_tiles * self.row_blocks)
         self.rank = let(self.thread.cta % self.c.cluster)  # in the cluster
-
-    def _num_tiles(self):
-        return load("int32", address(self.a.ws["num_tiles"]), PAST_L1)
 
     def _first_tile(self):
         """Tile of tokens that the CTA begins with."""
@@ -150,7 +148,11 @@ class TileScheduler:
                 self._publish_in_cluster(self.thread.lane)
             assign(self.num_seen, self.num_seen + 1)
 
-        if_else(self.rank == 0, lead, self.advance)
+        def follow() -> None:
+            self.advance()
+            cuda.warp_sync()  # so that the issuer's next arrival is behind all lanes' reads of the slot
+
+        if_else(self.rank == 0, lead, follow)
 
     def _look_up(self, space: str) -> None:
         """``tile`` of what was claimed."""
@@ -209,7 +211,6 @@ class PairScheduler(TileScheduler):
         """As :meth:`begin`, for a list that the kernel before this one wrote."""
         self.begin(row_blocks, is_list_fresh=True)  # of few tiles: one line
         self.second_row_blocks, self.num_of_first = let(second_row_blocks), self.num_items
-        self.num_tiles = let(self._num_tiles())
         self.num_items = let(self.num_of_first + self.num_tiles * self.second_row_blocks)
 
     def _first_tile(self):
