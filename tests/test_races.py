@@ -99,12 +99,13 @@ def replaced(pattern: str, by: str = "") -> Callable[[str], str]:
 SUMS_AT_ONCE = replaced(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")
 # A stage is released while the tensor core may still read its tokens.
 RELEASED_EARLY = replaced(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 3;")
+LANES_APART = replaced(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")
 BROKEN = {
     "sums_are_read_at_once": ("m8", SUMS_AT_ONCE),
     "sums_of_two_warpgroups": ("m16", SUMS_AT_ONCE),
-    "stages_are_released_early": ("m8", RELEASED_EARLY),
-    "released_early_by_the_pair": ("pair", RELEASED_EARLY),
-    "choices_are_read_at_once": ("pair", replaced(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")),
+    "stages_are_released_early": ("m16", RELEASED_EARLY),
+    "stages_are_released_before_all_lanes_have_read": ("m8", LANES_APART),
+    "choices_are_read_at_once": ("pair", LANES_APART),
 }
 
 

@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 from tvm.script import tirx as T
 
-from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
 from tvmmoe.kernels.sm90a.gemm_epilogue import Epilogue
+from tvmmoe.kernels.sm90a.gemm_multiply import Multiply
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile, TileScheduler
 from tvmmoe.kernels.sm90a.trace import (
@@ -48,12 +48,10 @@ from tvmmoe.kernels.sm90a.trace import (
     kernel,
     let,
     load,
-    load_vec4,
     ptx,
     regs,
     scalar,
     shuffle,
-    store,
     store_to,
     tensor_map,
     u32,
@@ -75,7 +73,7 @@ class Work(NamedTuple):
     pitch_of_scales: object
 
 
-class GroupedGemm(Epilogue):
+class GroupedGemm(Multiply, Epilogue):
     """Emits one kernel; ``problem`` (gemm1, gemm2) says which rows a tile has and what happens to accumulators."""
 
     token_dtype, token_bytes = "bfloat16", 2  # of the operand; its rows are 2 * padded_k bytes apart in any case
@@ -395,7 +393,6 @@ class GroupedGemm(Epilogue):
         self._allot()
         self._place_rows()
         self.turn = scalar("int32", T.int32(0))
-        self.previous = scalar("int32", T.int32(self.stages))
         self.scheduler.follow()
         self._multiply_tiles()
 
@@ -407,11 +404,9 @@ class GroupedGemm(Epilogue):
         self.factors = None
         if c.decodes_by_multiplying:
             self.factors = [load("uint32", self.shift_factors.ptr_to([32 * i + thread.lane]), "shared") for i in range(2)]
-        self.acc = [regs(self.acc_count, "float32") for _ in range(c.mi)]
-        self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(1 + c.is_overlapped)]
-        self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
-        self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
         self.k_sub, self.row_group = let(self.warpgroup % c.ks), let(self.warpgroup // c.ks)
+        self.acc = [regs(self.acc_count, "float32") for _ in range(c.mi)]
+        self._allot_operands()
 
     def _place_rows(self) -> None:
         """Where this thread's rows and their scales are in a stage."""
@@ -439,30 +434,11 @@ class GroupedGemm(Epilogue):
             tile = self.scheduler.tile
             state = self.p.begin_tile(self, tile) if self.is_state_early else None
             self._multiply(tile, c.widths)
-            self._release_previous()
-            assign(self.previous, T.int32(self.stages))
+            self._release_last()
             if c.reads_tile_again:
                 self.scheduler.read_again()
             self._epilogue(tile, state)
             self.scheduler.advance()
-
-    def _multiply(self, tile: Tile, widths) -> None:
-        """Main loop at the smallest of ``widths`` that holds the tile's rows."""
-
-        def main_loop():
-            for acc in self.acc:
-                for i in range(widths[0] // 2):
-                    store(acc, T.float32(0), i)
-            with for_(self.k_steps):
-                cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-                self._multiply_stage(widths[0])
-                self._advance()
-            ptx.wgmma.wait_group.sync.aligned(0)
-
-        if len(widths) == 1:
-            main_loop()
-        else:
-            if_else(tile.num_rows <= widths[0], main_loop, lambda: self._multiply(tile, widths[1:]))
 
     def _skew(self, r: int):
         start = self.p.scales + cast(self.p.row_modulo_4(self, r) * self.scale_row_bytes, "int64")
@@ -477,18 +453,6 @@ class GroupedGemm(Epilogue):
         """Number of this warpgroup's 64-row fragment in the tile."""
         return self.row_group * self.c.mi + mi
 
-    def _load_words(self, offset) -> None:
-        """Weights of a K block of this thread's rows, ``offset`` bytes past those of the first in the first stage."""
-        first = let(self.word_place + offset)
-        for offsets, words in zip(self._row_offsets(), self.words, strict=True):
-            for rows, into in zip(offsets, words, strict=True):
-                load_vec4(first + u32(rows * (K_BLOCK // 2)), "shared", into=into)
-
-    def _load_scales(self, offset) -> list:
-        """Scales of this thread's rows, by the same rule."""
-        dtype = "uint8" if self.c.weight_format == WeightFormat.mxfp4 else "uint16"
-        return [load(dtype, place + offset, "shared") for place in self.scale_places]
-
     def _row_offsets(self) -> list[list[int]]:
         """[mi][r]: from this thread's first fragment row to the others."""
         per_fragment, to_other = self.p.row_steps(self.c)
@@ -497,67 +461,6 @@ class GroupedGemm(Epilogue):
     def _kept(self, value):
         """``value``, in a register that ptxas cannot compute again."""
         return let(shuffle(let(value), self.thread.lane))
-
-    def _multiply_stage(self, width: int) -> None:
-        """This warpgroup's K blocks of a stage."""
-        c, descriptor = self.c, self._stage_descriptor()
-        words = let(cast(self.stage, "uint32") * u32(self.w_stage))
-        scales = let(cast(self.stage, "uint32") * u32(self.s_stage))
-        for block in range(self.per_warpgroup):
-            self._load_words(let(words + u32(block * self.w_block)))
-            raw = self._load_scales(let(scales + u32(block * c.scale_bytes)))
-            self._multiply_block(width, block, raw, descriptor + T.uint64(block * (self.x_block // 16)))
-        assign(self.previous, self.stage)
-
-    def _stage_descriptor(self):
-        """Of this warpgroup's first tokens of the stage.
-
-        Adding to all its 64 bits takes one instruction, making another one of the sum of low words three.
-        """
-        offset = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
-        # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers.
-        low = let(shuffle(let(self.descriptor_base + cast(offset, "uint32")), T.int32(0)))
-        return let(isa.shared_descriptor(low))
-
-    def _multiply_block(self, width: int, block: int, raw, descriptor) -> None:
-        """One K block: 8 MMA steps; a word of weights feeds two, decoded while the previous pair multiplies."""
-        c = self.c
-        is_mx = c.weight_format == WeightFormat.mxfp4
-        multipliers = isa.Ue8m0Multipliers(raw) if is_mx else isa.E4m3Multipliers(raw)
-        per_group = c.words_per_group
-        for word in range(0, 4, per_group):
-            fragments = self.fragments[word // per_group % len(self.fragments)]
-            self._decode(word, fragments, multipliers)
-            ptx.wgmma.fence.sync.aligned()
-            for step in range(2 * per_group):
-                j = word * 2 + step
-                offset = (j // 4) * (self.x_block // 2) + (j % 4) * 32
-                tokens = descriptor + T.uint64(offset >> 4)
-                for mi in range(c.mi):
-                    isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], tokens, True)
-            ptx.wgmma.commit_group.sync.aligned()
-            ptx.wgmma.wait_group.sync.aligned(len(self.fragments) - 1)
-            if block == word == 0:  # everything issued for the previous stage has retired
-                self._release_previous()
-
-    def _decode(self, word: int, fragments, multipliers) -> None:
-        pairs = [(mi, r) for mi in range(self.c.mi) for r in range(2)]
-        words = range(self.c.words_per_group)
-        for mi, r in pairs:
-            for i in words:
-                factor = multipliers.first(2 * mi + r, word + i)
-                isa.decode_word(self.words[mi][r][word + i], factor, fragments[mi], 8 * i + r, self.factors)
-        if multipliers.is_large is not None:
-            with if_(multipliers.is_large):
-                for mi, r in pairs:
-                    for i in words:
-                        isa.decode_word(
-                            self.words[mi][r][word + i], u32(isa.TWO_POW_126), fragments[mi], 8 * i + r, self.factors)
-                        isa.scale_again(fragments[mi], multipliers.second(2 * mi + r), 8 * i + r)
-
-    def _release_previous(self) -> None:
-        """This warp is done with the previous stage; before the first one that is a barrier nobody waits for."""
-        self._release(self.previous)
 
     def _release(self, stage) -> None:
         """Tell whoever writes into a stage that this warp is done with it: every CTA of the cluster."""

@@ -41,6 +41,11 @@ class GemmConfig:
         return self.tile_m > 8
 
     @property
+    def multiplies_by_warp(self) -> bool:
+        """Whether the tensor core is used by mma.sync: gemm_multiply.py says why."""
+        return self.tile_m == 8
+
+    @property
     def row_groups(self) -> int:
         return self.warpgroups // self.ks
 

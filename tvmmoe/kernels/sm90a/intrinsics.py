@@ -105,14 +105,18 @@ def scale_again(destination, multiplier, r: int) -> None:
         ptx["mul.rn.bf16x2"](element, element, multiplier)
 
 
+def any_large(scale_bytes):
+    """Whether a lane of the warp holds a byte that takes two multiplications."""
+    largest = scalar("uint32", scale_bytes[0])
+    for byte in scale_bytes[1:]:
+        assign(largest, T.max(largest, byte))
+    return let(T.cuda.any_sync(u32(0xFFFFFFFF), largest > u32(_MAX_FAST_UE8M0)), "int32") != 0
+
+
 class Ue8m0Multipliers:
     """Multipliers of one warp's mxfp4 rows for one K block."""
 
     def __init__(self, scale_bytes):
-        largest = scalar("uint32", scale_bytes[0])
-        for byte in scale_bytes[1:]:
-            assign(largest, T.max(largest, byte))
-        self.is_large = let(T.cuda.any_sync(u32(0xFFFFFFFF), largest > u32(_MAX_FAST_UE8M0)), "int32") != 0
         self._bytes = scale_bytes
         self._first = [let(byte * u32(0x00800080) + u32((126 << 7) * 0x10001)) for byte in scale_bytes]
 
@@ -128,8 +132,6 @@ class Ue8m0Multipliers:
 
 class E4m3Multipliers:
     """Multipliers of one warp's nvfp4 rows: two 16-blocks in a thread's 32 columns."""
-
-    is_large = None
 
     def __init__(self, scale_pairs):
         self._values = []

@@ -74,16 +74,21 @@ class Variant:
         config = self.gemm1
         return config if config.rows <= 128 else replace(config, mi=1, ks=1, warpgroups=2, k_blocks=1)
 
+    @property
+    def gemm_pair(self) -> GemmConfig:
+        """64 rows a tile: a token or two have few tiles."""
+        return replace(self.gemm1, mi=1, ks=4, warpgroups=4, k_blocks=4)
+
 
 # tile_m: (mi, ks, warpgroups, k_blocks, cluster). Up to 96 decoding is the limit and more warps win; at 256 tokens are most
 # of what L2 has to deliver, and a cluster asks for them once. Which tile serves which load is measured
 # (schedules/sm90a/crossovers.json).
 TILES = {
-    8: (1, 4, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 2, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
+    8: (1, 2, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 2, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
     256: (1, 1, 2, 1, 2),
 }  # fmt: skip
 # gemm2 over at most SHORT_K columns, where a stage of four K blocks, or its last one, is mostly empty.
-SHORT_TILES = {8: (2, 2, 2, 2, 1), 16: (1, 1, 4, 2, 1)}
+SHORT_TILES = {8: (1, 1, 4, 2, 1), 16: (1, 1, 4, 2, 1)}
 SHORT_K = 1024
 
 
@@ -173,7 +178,7 @@ def _launch_all(
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     apart = functools.partial(_launch_gemms, a, variant, gemm1, gemm2, is_gated)
     if gemm_pair is not None:
-        if_else(is_served(a, is_gated), lambda: by_format(lambda form: gemm_pair(a, variant.gemm1, form)), apart)
+        if_else(is_served(a, is_gated), lambda: by_format(lambda form: gemm_pair(a, variant.gemm_pair, form)), apart)
     else:
         apart()
     with if_(a.do_finalize != 0):

@@ -9,7 +9,7 @@ tells. A word knows its last writer and who has read it since.
     TMA, st.async      write when they are issued (so all readers must have let go) and are seen by who waits for the mbarrier
     cp.async           writes of its thread, which its mbarrier's arrival releases
     wgmma              reads tokens from its issue to the wait_group that retires its group
-    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp
+    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp (not ldmatrix, mma)
 
 Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
 simulation made them. But what a barrier waits for follows one order of arrivals: ``tvmmoe_starve`` lets one warpgroup of
@@ -213,7 +213,9 @@ def watched(instructions: str) -> str:
     assert count >= 10, count
     copy = "void cp_async_ca_shared_global(uint32_t to, const void* from, uint32_t bytes, int size) {"
     assert copy in text
-    return text.replace(copy, copy + " race::write(to, size);")
+    matrices = "simulate: misaligned ldmatrix\\n\"), abort();"  # every lane gives the address of a row
+    assert text.count(matrices) == 1
+    return text.replace(copy, copy + " race::write(to, size);").replace(matrices, matrices + " race::read(p, 16);")
 
 
 def watched_arrays(kernels: str) -> str:
