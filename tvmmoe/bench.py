@@ -203,9 +203,10 @@ def cold_share(active: list[set[int]], expert_bytes: int, l2_bytes: int) -> floa
     return cold / sum(len(experts) for experts in active)
 
 
-def check(case: Case, kwargs: dict[str, Any]) -> float:
-    """Relative L2 error of sampled tokens against the reference; raises AssertionError beyond the case's tolerance."""
-    (actual,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+def check(case: Case, kwargs: dict[str, Any], call: Callable[..., list[torch.Tensor]] | None = None) -> float:
+    """Relative L2 error of sampled tokens of ``call``, by default the operator, against the reference; raises
+    AssertionError beyond the case's tolerance."""
+    (actual,) = (call or tvmmoe.trtllm_fp4_block_scale_moe)(**kwargs)
     sample = torch.arange(case.num_tokens, device=case.device)
     if case.num_tokens > CHECKED_TOKENS:
         sample = torch.linspace(0, case.num_tokens - 1, CHECKED_TOKENS, device=case.device).long()
@@ -297,14 +298,16 @@ def host_parts(kwargs: dict[str, Any], device: torch.device) -> dict[str, float]
     return {name: host_us(part, device) for name, part in parts.items()}
 
 
-def stage_times(kwargs: dict[str, Any], logits: list[torch.Tensor]) -> dict[str, float]:
-    """Median time of each kernel, in launch order, without programmatic dependent launch so that none overlap."""
+def stage_times(
+    kwargs: dict[str, Any], logits: list[torch.Tensor], call: Callable[..., Any] | None = None
+) -> dict[str, float]:
+    """Median time of each kernel of ``call``, in launch order, without programmatic dependent launch so that none overlap."""
     from torch.profiler import ProfilerActivity, profile
 
     names: dict[str, list[float]] = {}
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for x in logits:
-            tvmmoe.trtllm_fp4_block_scale_moe(**kwargs | dict(routing_logits=x, enable_pdl=False))
+            (call or tvmmoe.trtllm_fp4_block_scale_moe)(**kwargs | dict(routing_logits=x, enable_pdl=False))
         torch.cuda.synchronize()
     for event in sorted(trace.events(), key=lambda event: event.time_range.start):
         if "fp4_block_scale_moe" in event.name:
@@ -419,10 +422,9 @@ def modes_of(names: str) -> list[str]:
     return modes
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
-    formatter = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tvmmoe.bench", description=__doc__, formatter_class=formatter)
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """Which cells are timed, on what, and how often."""
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-30B-A3B", help=f"all, or several of {', '.join(shapes())}")
     parser.add_argument("--tokens", default="1,16,128")
     mode_help = f"activations-weights: all, or several of {', '.join(MODES)}"
@@ -430,10 +432,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--stages", action="store_true", help="per-kernel times (CUDA)")
-    parser.add_argument("--host", action="store_true", help="host time of an eager call and of its parts")
-    parser.add_argument("--baseline", action="store_true", help="time dequantise + torch matmul too")
-    parser.add_argument("--save", type=Path, metavar="FILE.json", help="written anew after every row")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    return parser
+
+
+def options_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Its options, with lists of shapes and of numbers of tokens."""
     options = parser.parse_args(argv)
     options.shape = list(shapes()) if options.shape == "all" else options.shape.split(",")
     try:
@@ -442,9 +445,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             shape_case(name, 1)
     except ValueError as error:
         parser.error(str(error))
+    if options.rounds < 1:
+        parser.error(f"--rounds: got {options.rounds}, expected 1 or more")
     if options.stages and not options.device.startswith("cuda"):
         parser.error("--stages needs a CUDA device: the CPU operator is one function")
     return options
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = parser_of("python -m tvmmoe.bench", __doc__)
+    parser.add_argument("--host", action="store_true", help="host time of an eager call and of its parts")
+    parser.add_argument("--baseline", action="store_true", help="time dequantise + torch matmul too")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="written anew after every row")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    return options_of(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

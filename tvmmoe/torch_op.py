@@ -20,7 +20,7 @@ from tvmmoe import abi, loader
 from tvmmoe.arguments import NAMES, validate
 from tvmmoe.config import Problem
 from tvmmoe.errors import UnverifiedWarning
-from tvmmoe.loader import Entry
+from tvmmoe.loader import Entry, Manifest
 from tvmmoe.select import gpu_name, select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
 
@@ -51,9 +51,9 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(problem: Problem, entry: Entry) -> Plan:
-    """How ``entry`` runs ``problem``; loads its artifact."""
-    module = loader.load(loader.manifest(), entry.file)
+def plan(problem: Problem, entry: Entry, source: Manifest | None = None) -> Plan:
+    """How ``entry``, of the manifest ``source`` or the default one, runs ``problem``; loads its artifact."""
+    module = loader.load(source or loader.manifest(), entry.file)
     set_num_threads = module["set_num_threads"] if entry.target.startswith("x86") else None
     return Plan(entry, module[entry.symbol], set_num_threads, entry_workspace_bytes(problem, entry), _ints(problem))
 
@@ -105,14 +105,14 @@ def new_results(problem: Problem, tile_m: int, has_output: bool) -> list[torch.T
 
 
 def launch(
-    problem: Problem, tensors: dict[str, torch.Tensor | None], entry: Entry | None = None
+    problem: Problem, tensors: dict[str, torch.Tensor | None], entry: Entry | None = None, source: Manifest | None = None
 ) -> list[torch.Tensor]:
-    """Run a validated call by ``entry``, or the selected one; ``tensors`` holds the tensor arguments by name."""
+    """Run a validated call by ``entry`` of ``source``, or the selected one; ``tensors`` are the tensor arguments by name."""
     output = tensors["output"] if problem.do_finalize else None
     if problem.num_tokens == 0:
         results = new_results(problem, (entry or selected_entry(problem)).tile_m, output is not None)
         return results if output is None else [output]
-    p = selected_plan(problem) if entry is None else plan(problem, entry)
+    p = selected_plan(problem) if entry is None else plan(problem, entry, source)
     results = new_results(problem, p.entry.tile_m, output is not None)
     if problem.do_finalize:
         written = {"output": results[0] if output is None else output}

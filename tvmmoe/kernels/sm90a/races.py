@@ -9,7 +9,7 @@ tells. A word knows its last writer and who has read it since.
     TMA, st.async      write when they are issued (so all readers must have let go) and are seen by who waits for the mbarrier
     cp.async           writes of its thread, which its mbarrier's arrival releases
     wgmma              reads tokens from its issue to the wait_group that retires its group
-    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp (not ldmatrix, mma)
+    a warp             its lanes meet where an instruction wants all of them: wgmma, wait_group, stmatrix, syncwarp
 
 Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
 simulation made them. But what a barrier waits for follows one order of arrivals: ``tvmmoe_starve`` lets one warpgroup of
