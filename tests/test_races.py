@@ -3,6 +3,7 @@
 what is broken on purpose is found."""
 
 import ctypes
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
 from tvmmoe.kernels.sm90a import gemm, simulate  # noqa: E402
 from tvmmoe.kernels.sm90a.operator import hand_chosen  # noqa: E402
+from tvmmoe.kernels.sm90a.trace import cuda  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
 # (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5) and gemm2 (5 or 9) are no multiple
@@ -99,13 +101,14 @@ def replaced(pattern: str, by: str = "") -> Callable[[str], str]:
 SUMS_AT_ONCE = replaced(r"\n\s*tvm_builtin_ptx_barrier_sync_count_sync_aligned\([^;{]*\);")
 # A stage is released while the tensor core may still read its tokens.
 RELEASED_EARLY = replaced(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 3;")
-LANES_APART = replaced(r"\n\s*tvm_builtin_cuda_warp_sync\(\);")
+WARP_SYNC = r"\n\s*tvm_builtin_cuda_warp_sync\(\);"
+BEFORE_RELEASE = r"\n\s*if \([^\n]*% 32\) == 0\) \{\n\s*tvm_builtin_ptx_mbarrier_arrive"
 BROKEN = {
     "sums_are_read_at_once": ("m8", SUMS_AT_ONCE),
     "sums_of_two_warpgroups": ("m16", SUMS_AT_ONCE),
     "stages_are_released_early": ("m16", RELEASED_EARLY),
-    "stages_are_released_before_all_lanes_have_read": ("m8", LANES_APART),
-    "choices_are_read_at_once": ("pair", LANES_APART),
+    "stages_are_released_before_all_lanes_have_read": ("m8", replaced(f"{WARP_SYNC}(?={BEFORE_RELEASE})")),
+    "choices_are_read_at_once": ("pair", replaced(f"{WARP_SYNC}(?!{BEFORE_RELEASE})")),
 }
 
 
@@ -113,6 +116,22 @@ BROKEN = {
 def test_races_are_found(name, tmp_path):
     kernel, change = BROKEN[name]
     assert races(kernel, tmp_path, change)[0] > 0
+
+
+@pytest.mark.parametrize("name", ["m8", "pair"])
+def test_stages_are_released_after_their_last_matrices(name, monkeypatch, tmp_path):
+    load, release = gemm.GroupedGemm._load_columns, gemm.GroupedGemm._release
+    num_loaded = itertools.count(1)
+
+    def load_columns(self, places):
+        if next(num_loaded) % self.per_warpgroup == 0:  # the last K block of a stage
+            cuda.warp_sync()
+            release(self, self.stage)
+        return load(self, places)
+
+    monkeypatch.setattr(gemm.GroupedGemm, "_load_columns", load_columns)
+    monkeypatch.setattr(gemm.GroupedGemm, "_release", lambda self, stage: None)
+    assert races(name, tmp_path)[0] > 0
 
 
 def test_results_are_stored_before_others_take_their_place(monkeypatch, tmp_path):

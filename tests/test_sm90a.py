@@ -24,8 +24,10 @@ from tvmmoe.workspace import max_num_tiles
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
     import tvm_ffi
+    from tvm.script import tirx as T
 
     from tvmmoe.kernels.sm90a import build, simulate, tile_scheduler
+    from tvmmoe.kernels.sm90a.trace import let
     from tvmmoe.kernels.sm120a.simulate import compile_so
 
 TILES = (8, 16, 32, 64, 96, 256)
@@ -234,9 +236,10 @@ class TestRoutes:
 # ----------------------------------------------------------------------------------------------- the operator, simulated
 
 SMALL = Case(num_tokens=24, hidden_size=256, intermediate_size=160, num_experts=3, top_k=2)
-# (weight format, tile, copies at once): the K split over warpgroups, one and two fragments sets, clusters of two CTAs.
+# (weight format, tile, copies at once): mma.sync, with K split over two warpgroups or (gemm_pair) four; wgmma with K split
+# over two, with several widths, in clusters of two CTAs.
 SIMULATED = {
-    "ks_4": (MX, 8, False), "ks_4_early": (MX, 8, True), "ks_4_nvfp4": (NV, 8, False), "ks_2": (NV, 16, False),
+    "m8": (MX, 8, False), "m8_early": (MX, 8, True), "m8_nvfp4": (NV, 8, False), "ks_2": (NV, 16, False),
     "widths": (NV, 96, False),
     "cluster": (MX, 256, False), "cluster_early": (MX, 256, True),
 }  # fmt: skip
@@ -258,10 +261,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("simulated_sm90a")
 
 
-def source_of(weight_format: WeightFormat, tile_m: int, num_ctas: int = 4) -> tuple[str, str]:
-    """Symbol and CUDA C++ of one of the shipped variants on some CTAs."""
+def source_of(weight_format: WeightFormat, tile_m: int) -> tuple[str, str]:
+    """Symbol and CUDA C++ of one of the shipped variants, on four CTAs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_scheduler, "NUM_CTAS", num_ctas)
+        patch.setattr(tile_scheduler, "NUM_CTAS", 4)
         (variant,) = (v for v in build.variants(weight_format) if v.tile_m == tile_m)
         source = build.cuda_source([variant])
     for form in ("gemm_pair", "gemm_pair_mxfp8" if weight_format == MX else "gemm_pair_nvfp4"):
@@ -270,10 +273,10 @@ def source_of(weight_format: WeightFormat, tile_m: int, num_ctas: int = 4) -> tu
 
 
 @functools.cache
-def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder, num_ctas: int = 4):
+def simulated(weight_format: WeightFormat, tile_m: int, early: bool, folder):
     """The packed function, compiled for this CPU."""
-    symbol, source = source_of(weight_format, tile_m, num_ctas)
-    path = folder / f"{symbol}_{early}_{num_ctas}.so"
+    symbol, source = source_of(weight_format, tile_m)
+    path = folder / f"{symbol}_{early}.so"
     compile_so(simulate.host_source(source, early), path)
     return tvm_ffi.load_module(str(path))[symbol]
 
@@ -289,10 +292,10 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
 @pytest.mark.parametrize(
     "name, case_name",
     [
-        *itertools.product(["ks_4", "ks_4_early"], [
+        *itertools.product(["m8", "m8_early"], [
             "gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd",
             "mxfp8_relu2"]),
-        *itertools.product(["ks_4_nvfp4"], ["nvfp4_weights", "nvfp4", "nvfp4_per_token"]),
+        *itertools.product(["m8_nvfp4"], ["nvfp4_weights", "nvfp4", "nvfp4_per_token"]),
     ],
 )  # fmt: skip
 def test_simulated_pair_matches_reference(name, case_name, folder):
@@ -323,11 +326,31 @@ def check_simulated(name: str, base: Case, changes: dict, folder, is_zero: bool 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
 def test_results_do_not_depend_on_who_computes_a_tile(folder):
-    """The warpgroups of a CTA take turns in adding up their sums, so a tile meets another one where CTAs are fewer."""
-    changes = dict(num_tokens=100, hidden_size=1024, intermediate_size=512, num_experts=8, activation=ActivationType.Identity)
-    case = Case(**vars(SMALL) | changes)
+    """gemm_pair's four warpgroups take turns in adding up their sums: another one's turn if tiles come in another order.
+
+    Sums of K blocks 0 and 1, and of 2 and 3, all but cancel: the order of adding them shows in many results.
+    """
+    item = tile_scheduler.PairScheduler._item
+
+    def last_first(self, index):
+        last = self.num_of_first - 1
+        return item(self, let(T.Select(index <= last, last - index, index)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_scheduler.PairScheduler, "_item", last_first)
+        symbol, source = source_of(MX, 8)
+    compile_so(simulate.host_source(source), folder / "last_first.so")
+    functions = simulated(MX, 8, False, folder), tvm_ffi.load_module(str(folder / "last_first.so"))[symbol]
+    case = Case(**vars(SMALL) | dict(num_tokens=2, hidden_size=512, intermediate_size=512, num_experts=8, top_k=4))
     kwargs = make_case(case)
-    one, four = (
-        call(case, kwargs, 8, do_finalize=False, function=simulated(MX, 8, False, folder, count))[0] for count in (1, 4)
-    )
-    assert torch.equal(one, four)
+    tokens, weights, scales = (kwargs[name] for name in ("hidden_states", "gemm1_weights", "gemm1_weights_scale"))
+    for first in (0, 256):
+        tokens[:, first + 128 : first + 256] = tokens[:, first : first + 128] * -(1 + 2.0**-7)
+    tokens[:, 256:] *= 8
+    for block in (1, 2, 3):
+        weights[..., 64 * block : 64 * (block + 1)] = weights[..., :64]
+        scales[..., 4 * block : 4 * (block + 1)] = scales[..., :4]
+    first, second = (call(case, kwargs, 8, do_finalize=False, function=function)[0] for function in functions)
+    assert torch.equal(first, second)
+    output, _ = call(case, kwargs, 8, do_finalize=True, function=functions[1])
+    assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-2

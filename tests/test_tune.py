@@ -120,15 +120,19 @@ def test_traces_survive_the_database_and_mutation(target, task, tmp_path):
     assert len(seen) > 8
 
 
-def test_hopper_candidate_is_cuda_source():
+@pytest.mark.parametrize(
+    "tile_m, multiplication", [(8, "mma.sync.aligned.m16n8k16"), (16, "wgmma.mma_async.sync.aligned.m64n16k16")]
+)
+def test_hopper_candidate_is_cuda_source(tile_m, multiplication):
     from functools import partial
 
     from tvmmoe.kernels.sm90a.build import packed_source
 
-    config = sm90a.gemm_config(HOPPER_TASK, sm90a.default(HOPPER_TASK))
+    config = sm90a.gemm_config(HOPPER_TASK, sm90a.default_of_tile(tile_m))
     name = sm90a.symbol("gemm1", config)
     source = packed_source({name: partial(sm90a.stage_function, "gemm1", config)})
-    assert f"{name}_gemm1_gated" in source and f"wgmma.mma_async.sync.aligned.m64n{config.tile_m}k16" in source
+    assert f"{name}_gemm1_gated" in source
+    assert set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+", source)) == {multiplication}
 
 
 # ------------------------------------------------------------------------------------------------------------ search

@@ -27,7 +27,7 @@ from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm90a"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm90a/*.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm80/*.py", "kernels/sm90a/*.py")
 KNOBS = {
     "tile_m": tuple(TILES),
     "mi": (1, 2),

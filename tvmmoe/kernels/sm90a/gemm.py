@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Main loop of both grouped GEMMs: FP4 weights times bf16 tokens, operands swapped.
+"""Both grouped GEMMs, FP4 weights times bf16 tokens with operands swapped: roles, loads and the way from tile to tile.
 
     grid         one persistent CTA an SM; tile = (row block of weights, tile of tile_m tokens of one expert), as
                  tile_scheduler.py hands them out
-    consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (wgmma's A, 64 rows), tokens are B, fp32 accumulators;
-                 4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
+    consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (the MMA's A, 64 rows), tokens are B, fp32 accumulators:
+                 gemm_multiply.py; 4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128 bytes] of half of one, or at 16 and 32
                  columns of all halves of a stage, with 128-byte swizzle
     last 3 warps cp.async: scale bytes of the tile's rows, 16 at a time where rows are aligned

@@ -11,8 +11,8 @@ NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more th
 SMEM_BYTES = 227 * 1024
 MAX_STAGES = 12
 BARRIER_BYTES = 896  # with decode_word's factors and the ring of claimed tiles
-# wgmma widths of a tile. One for small tiles, whose limit is decoding. For more of 256, ptxas has no registers and waits for
-# every wgmma (C7512); finer ones did not pay there anyway.
+# Token columns that a tile may multiply. One number for small tiles, whose limit is decoding. For more of 256, ptxas has no
+# registers and waits for every wgmma (C7512); finer ones did not pay there anyway.
 WIDTHS = {
     64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 128: (32, 64, 96, 128), 256: (64, 96, 128, 160, 192, 224, 256),
 }  # fmt: skip
@@ -23,7 +23,7 @@ class GemmConfig:
     """Compile-time choices of one GEMM kernel: what tuning decides (tvmmoe.tuning)."""
 
     weight_format: WeightFormat
-    tile_m: int  # tokens of a tile, wgmma's N
+    tile_m: int  # tokens of a tile, the MMA's N
     mi: int  # 64-row fragments a warpgroup
     ks: int  # warpgroups that share rows and split K
     warpgroups: int  # consumers
@@ -35,14 +35,14 @@ class GemmConfig:
     def is_issued_by_warp(self) -> bool:
         """Whether the TMA warp stays together and its first lane issues, instead of leaving one elected thread alone.
 
-        ptxas then keeps the pipeline's state in uniform registers and spills nothing: 2 to 5 % faster, but a tenth slower
-        at 8 columns (schedules/notes.md).
+        ptxas then keeps the pipeline's state in uniform registers and spills nothing: 2 to 5 % faster, but as much slower
+        at 8 columns (schedules/notes.md; measured with wgmma).
         """
         return self.tile_m > 8
 
     @property
     def multiplies_by_warp(self) -> bool:
-        """Whether the tensor core is used by mma.sync: gemm_multiply.py says why."""
+        """Whether each warp multiplies by mma.sync, not a warpgroup by wgmma: gemm_multiply.py says why."""
         return self.tile_m == 8
 
     @property
@@ -69,7 +69,7 @@ class GemmConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """wgmma widths, ascending: a tile takes the smallest that holds its rows."""
+        """Token columns, ascending: a tile multiplies the smallest number that holds its rows."""
         return WIDTHS.get(self.tile_m, (self.tile_m,))
 
     @property
@@ -83,7 +83,8 @@ class GemmConfig:
 
     @property
     def loads_columns_at_once(self) -> bool:
-        """Whether one TMA box holds a stage's token columns: 2 to 6 % faster at 16 and 32 columns, 1 % slower at 8."""
+        """Whether one TMA box holds a stage's token columns: 2 to 6 % faster at 16 and 32 columns, 1 % slower at
+        8 (measured with wgmma)."""
         return self.has_one_width and self.tile_m > 8 and self.cluster == 1
 
     @property
@@ -108,7 +109,7 @@ class GemmConfig:
 
     @property
     def words_per_group(self) -> int:
-        """Words of weights a fragment row that one wgmma group multiplies."""
+        """Words of weights a fragment row that one group multiplies, of wgmma."""
         return 2 if self.tile_m * self.mi <= 16 or self.tile_m == 64 else 1
 
     @property
@@ -120,13 +121,14 @@ class GemmConfig:
     def reads_tile_again(self) -> bool:
         """Whether consumers keep what they know of a tile in shared memory during its main loop, not in registers.
 
-        nvfp4's second set of fragments leaves few: at 16 columns 3 % faster, with mxfp4 3 % slower, at 96 slower with both.
+        nvfp4's second set of fragments leaves few: at 16 columns 3 % faster, with mxfp4 3 % slower, at 96 slower with both;
+        at 8 not compared since mma.sync.
         """
         return self.weight_format == WeightFormat.nvfp4 and self.ks > 1
 
     @property
     def is_overlapped(self) -> bool:
-        """Whether a warpgroup decodes while its own last group multiplies.
+        """Whether a warpgroup decodes while its own last group multiplies, of wgmma.
 
         Four that own different rows overlap each other: there a second set of fragments only takes registers.
         """

@@ -148,7 +148,7 @@ class Multiply:
         self._release(self.previous)
 
     def _release_last(self) -> None:
-        """The tile's last stage, whose results are there."""
+        """The tile's last stage, whose results are there; mma.sync has released it."""
         if not self.c.multiplies_by_warp:
             self._release_previous()
             assign(self.previous, T.int32(self.stages))
@@ -158,7 +158,8 @@ class Multiply:
     def _place_tokens(self) -> None:
         """Addresses of ldmatrix in the first stage, of the K block's even words and its odd ones.
 
-        Lane 8 m + r gives that of matrix m, row r: of token r, 16 bytes of K that the 128-byte swizzle has put elsewhere.
+        Lane 8 m + r gives that of matrix m, row r: piece m of token r, 16 bytes of K, which the 128-byte swizzle has put at
+        piece m ^ r. Odd words have the pieces from 4 on, at (4 + m) ^ r.
         """
         lane = self.thread.lane
         start = self.k_sub * (self.per_warpgroup * self.x_block) + lane % 8 * 128 + (lane // 8 ^ lane % 8) * 16
@@ -181,6 +182,7 @@ class Multiply:
         self._release(self.stage)
 
     def _multiply_block_by_warp(self, weights, columns, raw) -> None:
+        """One K block, of mxfp4 in one of two ways: with large scale bytes, or without."""
         if self.c.weight_format == WeightFormat.nvfp4:
             self._multiply_words(weights, columns, isa.E4m3Multipliers(raw), False)
             return

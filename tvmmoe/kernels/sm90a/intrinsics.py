@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions of the Hopper GEMM: FP4 decode in registers, wgmma with a register A operand, TMA, cp.async, stmatrix.
+"""Instructions of the Hopper GEMM: FP4 decode in registers, wgmma with a register A operand, TMA, cp.async, stmatrix. Those
+of its mma.sync are in sm80.intrinsics.
 
 Decode. A bf16 whose bits 8:6 are an e2m1's ``eem`` and bit 15 its sign is e2m1 * 2^-126, exactly (0.5 is a bf16
 subnormal and multiplies as one). One mul.bf16x2 by 2^126 * scale then gives e2m1 * scale for two nibbles, exactly:
 
     mxfp4  2^126 * 2^(b-127) = 2^(b-1) is finite for b <= 128. Larger bytes take two multiplications, 2^126 and
-           2^(b-127), in a branch that a warp enters only if it holds such a byte and decodes again; so every b from 0
-           to 254 is right and 255 is NaN.
+           2^(b-127), in a branch that a warp enters only if it holds such a byte; so every b from 0 to 254 is right
+           and 255 is NaN.
     nvfp4  2^126 * e4m3 overflows from 4 on, so the multiplier is 2^(126 - NVFP4_SHIFT) * e4m3 (448 * 2^118 is finite)
            and the accumulators carry 2^-NVFP4_SHIFT, which the epilogue undoes.
 """

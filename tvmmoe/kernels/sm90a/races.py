@@ -14,7 +14,7 @@ tells. A word knows its last writer and who has read it since.
 Two accesses of which one writes are a race unless one has happened before the other, whatever the order in which the
 simulation made them. But what a barrier waits for follows one order of arrivals: ``tvmmoe_starve`` lets one warpgroup of
 every CTA run only when nothing else can (-1: none). Races between lanes of a warp are only found where the lanes do not meet
-in between; accesses to global memory are not watched.
+in between; accesses to global memory are not watched, nor is what fences between TMA and other accesses are for.
 """
 
 import re

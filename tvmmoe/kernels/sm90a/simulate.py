@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generated CUDA C++ of a Hopper operator compiled by the host compiler: it runs on a CPU, host function included.
 
-Fibers, CTA barriers and shuffles are those of sm120a.simulate. Here are mbarriers, TMA (boxes of a tensor map, zeros
-outside of it, 128-byte swizzle, to one CTA or all of a cluster), named barriers, and wgmma with A in registers: of bf16, and
-of e4m3, which sums as the H100 was measured to: 32 products and the accumulator aligned to the largest of them, cut off
-below 2^-13 of it.
+Fibers, CTA barriers, shuffles, ldmatrix and mma.sync are those of sm120a.simulate. Here are mbarriers, TMA (boxes of a tensor
+map, zeros outside of it, 128-byte swizzle, to one CTA or all of a cluster), named barriers, and wgmma with A in registers: of
+bf16, and of e4m3, which sums as the H100 was measured to: 32 products and the accumulator aligned to the largest of them, cut
+off below 2^-13 of it.
 
 A TMA copy is made when a thread first asks for its barrier, or with ``early`` at once: a missing wait shows in the one, a
 buffer that is overwritten too soon in the other. wgmma happens when it is issued.
