@@ -15,6 +15,7 @@ from tvmmoe.errors import UnsupportedError
 from tvmmoe.shapes import shape_case
 from tvmmoe.testing import make_case
 
+pytestmark = pytest.mark.usefixtures("tiny")
 ARTIFACTS = loader.artifacts_dir()
 OPTIONS = "--shape tiny --rounds 1 --device cpu"
 
@@ -35,7 +36,7 @@ def other(tmp_path):
 
 
 @pytest.fixture
-def problem(tiny):  # noqa: F811
+def problem():
     return validate(**make_case(shape_case("tiny", 1)))
 
 
@@ -48,7 +49,7 @@ def test_a_folders_manifest_chooses_the_entry_or_the_tile_does(other, problem):
         compare.build_of(f"{ARTIFACTS}:256").entry(problem)
 
 
-def test_the_other_folders_file_runs(other, monkeypatch, tiny):  # noqa: F811
+def test_the_other_folders_file_runs(other, monkeypatch):
     loaded, load = [], loader.load
     monkeypatch.setattr(loader, "load", lambda source, file: loaded.append(source.folder) or load(source, file))
     kwargs = make_case(shape_case("tiny", 3))
@@ -76,7 +77,7 @@ def test_builds_take_turns_and_the_median_round_counts(monkeypatch):
     assert order == ["first", "second"] * 3
 
 
-def test_every_cell_has_a_line_a_build(other, tiny, capsys):  # noqa: F811
+def test_every_cell_has_a_line_a_build(other, capsys):
     argv = [str(ARTIFACTS), str(other), *OPTIONS.split(), "--tokens", "1,9", "--mode", "bf16-mxfp4,nvfp4-nvfp4"]
     assert compare.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -87,7 +88,7 @@ def test_every_cell_has_a_line_a_build(other, tiny, capsys):  # noqa: F811
     assert all(line.startswith(str(other)) for line in lines[2::3])
 
 
-def test_a_wrong_result_is_not_timed(other, tiny, monkeypatch, capsys):  # noqa: F811
+def test_a_wrong_result_is_not_timed(other, monkeypatch, capsys):
     call = compare.Build.call
 
     def broken(self, **arguments):
@@ -100,7 +101,7 @@ def test_a_wrong_result_is_not_timed(other, tiny, monkeypatch, capsys):  # noqa:
     assert "exceeds" in captured.err and " us " not in captured.out
 
 
-def test_rounds_and_stages_are_checked(tiny, capsys):  # noqa: F811
+def test_rounds_and_stages_are_checked(capsys):
     for options, message in (("--rounds 0", "--rounds: got 0, expected 1 or more"), ("--stages", "needs a CUDA device")):
         with pytest.raises(SystemExit):
             compare.main([str(ARTIFACTS), "--shape", "tiny", "--device", "cpu", *options.split()])

@@ -203,17 +203,22 @@ def cold_share(active: list[set[int]], expert_bytes: int, l2_bytes: int) -> floa
     return cold / sum(len(experts) for experts in active)
 
 
-def check(case: Case, kwargs: dict[str, Any], call: Callable[..., list[torch.Tensor]] | None = None) -> float:
-    """Relative L2 error of sampled tokens of ``call``, by default the operator, against the reference; raises
-    AssertionError beyond the case's tolerance."""
-    (actual,) = (call or tvmmoe.trtllm_fp4_block_scale_moe)(**kwargs)
+def check(case: Case, kwargs: dict[str, Any]) -> float:
+    """:func:`errors_of` the operator alone."""
+    return errors_of([tvmmoe.trtllm_fp4_block_scale_moe], case, kwargs)[0]
+
+
+def errors_of(calls: list[Callable[..., list[torch.Tensor]]], case: Case, kwargs: dict[str, Any]) -> list[float]:
+    """Relative L2 errors of sampled tokens against the reference; raises AssertionError beyond the case's tolerance."""
+    results = [call(**kwargs)[0] for call in calls]
     sample = torch.arange(case.num_tokens, device=case.device)
     if case.num_tokens > CHECKED_TOKENS:
         sample = torch.linspace(0, case.num_tokens - 1, CHECKED_TOKENS, device=case.device).long()
     (expected,) = reference.moe_ref(**of_tokens(kwargs, sample))
-    error = rel_l2(actual[sample], expected)
-    assert error <= case.tolerance, f"{case.label}: relative L2 error {error:.2e} exceeds {case.tolerance:.0e}"
-    return error
+    errors = [rel_l2(actual[sample], expected) for actual in results]
+    for error in errors:
+        assert error <= case.tolerance, f"{case.label}: relative L2 error {error:.2e} exceeds {case.tolerance:.0e}"
+    return errors
 
 
 def rotating(

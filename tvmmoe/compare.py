@@ -41,12 +41,12 @@ class Build(NamedTuple):
         targets = targets_of(problem.device)
         if not self.tile:
             return select(self.source, targets, problem, gpu_name(problem.device))
-        activations, weights = problem.activation_format.name, problem.weight_format.name
+        mode = problem.activation_format.name, problem.weight_format.name
         for entry in self.source.entries:
-            serves = entry.target in targets and activations in entry.activation_formats and weights == entry.weight_format
-            if serves and self.tile == ("fp8" if entry.accumulation == "fp8" else str(entry.tile_m)):
+            tile = "fp8" if entry.accumulation == "fp8" else str(entry.tile_m)
+            if entry.target in targets and entry.serves(*mode) and tile == self.tile:
                 return entry
-        raise UnsupportedError(f"{self.label}: no such tile for {activations} x {weights} on {', '.join(targets)}")
+        raise UnsupportedError(f"{self.label}: no such tile for {' x '.join(mode)} on {', '.join(targets)}")
 
     def call(self, **arguments: Any) -> list[torch.Tensor]:
         """The operator by this build."""
@@ -74,7 +74,7 @@ def in_turns(calls: list[Callable[[], Any]], device: torch.device, rounds: int) 
 
 def compare(builds: list[Build], case: Case, kwargs: dict[str, Any], rounds: int, has_stages: bool) -> list[str]:
     """One cell of the table: a line a build."""
-    errors = [bench.check(case, kwargs, build.call) for build in builds]
+    errors = bench.errors_of([build.call for build in builds], case, kwargs)
     logits, _, _ = bench.routings(case, kwargs)
     calls = [bench.rotating(case, kwargs, logits, build.call) for build in builds]
     times = [us / len(logits) for us in in_turns(calls, torch.device(case.device), rounds)]

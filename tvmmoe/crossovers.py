@@ -127,7 +127,7 @@ def measure(name: str, mode: tuple[str, str], grid: Sequence[float], device: tor
     target = target_of(device)
     exact = [e for e in loader.manifest().entries if e.accumulation != "fp8"]  # its limit is its own (operator_fp8.py)
     of_target = [e for e in exact if e.target == target]
-    entries = [e for e in of_target if mode[0] in e.activation_formats and mode[1] == e.weight_format]
+    entries = [e for e in of_target if e.serves(*mode)]
     if not entries:
         raise UnsupportedError(f"--mode: got {'-'.join(mode)}, which {target} has no tiles for")
     case = shape_case(name, 1, *mode, device=str(device))

@@ -44,6 +44,10 @@ class Entry:
     accumulation: str = "float32"  # or fp8: sums of about 13 bits in the tensor core, only where select.FP8 is set
     device_ranges: tuple[tuple[str, float, float | None], ...] = ()  # of GPUs, by name, that were measured apart
 
+    def serves(self, activation_format: str, weight_format: str) -> bool:
+        """Whether the entry runs this mode, by the formats' names."""
+        return activation_format in self.activation_formats and weight_format == self.weight_format
+
     def covers(self, rows_per_expert: float, gpu: str = "") -> bool:
         """Whether the entry's range holds this many rows per expert; ranges are half-open and None is no limit."""
         own = {name: limits for name, *limits in self.device_ranges}

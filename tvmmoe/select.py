@@ -93,8 +93,7 @@ def select(source: Manifest, targets: tuple[str, ...], problem: Problem, gpu: st
         for entry in source.entries:
             if (
                 entry.target == target
-                and entry.weight_format == problem.weight_format.name
-                and problem.activation_format.name in entry.activation_formats
+                and entry.serves(problem.activation_format.name, problem.weight_format.name)
                 and entry.covers(rows, gpu)
                 and is_asked_for(entry)
             ):

@@ -28,7 +28,7 @@ from tvm.script import tirx as T
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm80 import intrinsics as isa
 from tvmmoe.kernels.sm80.pipeline import MmaConfig, MmaGemm
-from tvmmoe.kernels.sm90a.intrinsics import NVFP4_SHIFT, TWO_POW_126
+from tvmmoe.kernels.sm90a.intrinsics import NVFP4_SHIFT, TWO_POW_126, any_large
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.trace import (
     address,
@@ -47,7 +47,6 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 _BLOCK_BYTES = K_BLOCK // 2  # of a weight row
-_MAX_FAST_UE8M0 = 128
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,6 @@ class GroupedGemm(MmaGemm):
         return [let(cast(pair, "uint32")) for pair in pairs]
 
     def _multiply_mxfp4(self, words, tokens, scales) -> None:
-        largest = scalar("uint32", scales[0])
-        for byte in scales[1:]:
-            assign(largest, T.max(largest, byte))
-
         def once():
             factors = [let(byte * u32(0x00800080) + u32((126 << 7) * 0x10001)) for byte in scales]
             self._multiply_live(words, tokens, lambda row, _: [factors[row]])
@@ -154,7 +149,7 @@ class GroupedGemm(MmaGemm):
             factors = [let(T.max(b * u32(0x00800080), u32(0x00400040)) + n) for b, n in zip(scales, nan, strict=True)]
             self._multiply_words(words, tokens, lambda row, _: [u32(TWO_POW_126), factors[row]], self.c.ni)
 
-        if_else(isa.any_lane(largest > u32(_MAX_FAST_UE8M0)), twice, once)
+        if_else(any_large(scales), twice, once)
 
     def _multiply_live(self, words, tokens, factors) -> None:
         """One K block of all tokens of the warp, or of the first half of them if no others are live."""

@@ -10,8 +10,6 @@ e4m3 are exact. sm_80 multiplies bf16 pairs by fma with -0 alone.
            (NVFP4_SHIFT) the epilogue undoes.
 """
 
-from tvm.script import tirx as T
-
 from tvmmoe.kernels.sm90a.trace import cuda, let, ptx, regs, scalar, u32
 
 MINUS_ZERO = 0x80008000  # bf16 pairs
@@ -55,11 +53,6 @@ def e4m3_multipliers(pair):
         ptx["prmt.b32"](half, value, value, u32(selector))
         halves.append(half)
     return halves
-
-
-def any_lane(condition):
-    """Whether it holds in a lane of the warp."""
-    return let(T.cuda.any_sync(u32(0xFFFFFFFF), condition), "int32") != 0
 
 
 def load_matrices(pointer):

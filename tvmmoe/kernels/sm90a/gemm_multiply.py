@@ -191,15 +191,11 @@ class Multiply:
         if_else(isa.any_large(raw), lambda: multiply(True), lambda: multiply(False))
 
     def _load_columns(self, places):
-        """[8 tokens][word]: the b operands of a word's two MMA steps in a K block."""
-        half = self.x_block // 2
-        return [
-            [load_matrices(places[word % 2] + u32(word // 2 * half + first * 128)) for word in range(4)]
-            for first in range(0, self.c.tile_m, 8)
-        ]
+        """[word]: the b operands of its two MMA steps in a K block."""
+        return [load_matrices(places[word % 2] + u32(word // 2 * (self.x_block // 2))) for word in range(4)]
 
     def _multiply_words(self, weights, columns, multipliers, is_large: bool) -> None:
-        """One K block: 8 MMA steps for every 8 tokens."""
+        """One K block: 8 MMA steps."""
         for word in range(4):
             for mi in range(self.c.mi):
                 fragment = regs(8, "uint32")
@@ -209,7 +205,6 @@ class Multiply:
                     isa.decode_word(weights[row][word], factor, fragment, r, self.factors)
                     if is_large:
                         isa.scale_again(fragment, multipliers.second(row), r)
-                for number, matrices in enumerate(columns):
-                    for step in range(2):
-                        a = [fragment[4 * step + i] for i in range(4)]
-                        mma(self.acc[mi], 4 * number, a, [matrices[word][2 * step + i] for i in range(2)])
+                for step in range(2):
+                    a = [fragment[4 * step + i] for i in range(4)]
+                    mma(self.acc[mi], 0, a, [columns[word][2 * step + i] for i in range(2)])
