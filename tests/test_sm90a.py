@@ -27,6 +27,7 @@ if HAS_TVM:
     from tvm.script import tirx as T
 
     from tvmmoe.kernels.sm90a import build, simulate, tile_scheduler
+    from tvmmoe.kernels.sm90a.operator import hand_chosen
     from tvmmoe.kernels.sm90a.trace import let
     from tvmmoe.kernels.sm120a.simulate import compile_so
 
@@ -44,6 +45,10 @@ CASES = {
     # So many sums that two runs would hardly round all of them alike if their order differed
     "many_sums": dict(num_tokens=16, hidden_size=1024, intermediate_size=1536, num_experts=32, top_k=8),
     "smallest": dict(hidden_size=32, intermediate_size=32),
+    "top_11": dict(num_experts=12, top_k=11),
+    # Rows of scales are whole pieces of 16 bytes, three of mxfp4
+    "held_scales": dict(num_tokens=300, hidden_size=1536, num_experts=4, top_k=2),
+    "held_scales_ungated": dict(num_tokens=200, hidden_size=1536, num_experts=4, top_k=2, activation=ActivationType.Relu2),
     "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),
     "identity": dict(activation=ActivationType.Identity, intermediate_size=224),
@@ -83,6 +88,8 @@ ROUTES = {
                    routing_bias_dtype=torch.float32),
     "groups_of_two": dict(routing_method=Method.DeepSeekV3, top_k=8, n_group=64, topk_group=5, routed_scaling_factor=2.5,
                           routing_bias_dtype=torch.bfloat16),
+    "experts_512": dict(top_k=8, num_experts=512),
+    "experts_1024": dict(top_k=8, num_experts=1024),
 }  # fmt: skip
 on_hopper = [pytest.mark.gpu, skip_unless_arch("sm90a")]
 
@@ -222,7 +229,7 @@ class TestFewTokens:
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("num_tokens", [9, 65], ids=["prologue", "route"])
+@pytest.mark.parametrize("num_tokens", [9, 65, 600], ids=["prologue", "route", "several_a_cta"])
 @pytest.mark.parametrize("name", ROUTES)
 class TestRoutes:
     pytestmark = on_hopper
@@ -237,10 +244,10 @@ class TestRoutes:
 
 SMALL = Case(num_tokens=24, hidden_size=256, intermediate_size=160, num_experts=3, top_k=2)
 # (weight format, tile, copies at once): mma.sync, with K split over two warpgroups or (gemm_pair) four; wgmma with K split
-# over two, with several widths, in clusters of two CTAs.
+# over two, with several widths, with scales held in registers for two or four stages, in clusters of two CTAs.
 SIMULATED = {
     "m8": (MX, 8, False), "m8_early": (MX, 8, True), "m8_nvfp4": (NV, 8, False), "ks_2": (NV, 16, False),
-    "widths": (NV, 96, False),
+    "widths": (NV, 32, False), "held_2": (MX, 64, False), "held_4": (MX, 96, False),
     "cluster": (MX, 256, False), "cluster_early": (MX, 256, True),
 }  # fmt: skip
 SIMULATED_CASES = {
@@ -304,13 +311,49 @@ def test_simulated_pair_matches_reference(name, case_name, folder):
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
-@pytest.mark.parametrize("width", [64, 72, 197])
-def test_simulated_pair_writes_a_narrow_output(width, folder):
-    case = Case(**vars(BASE) | dict(num_tokens=2, hidden_size=224))
+@pytest.mark.parametrize("hidden_size, width", [(224, 64), (224, 72), (224, 197), (1120, 1061)])
+def test_simulated_pair_writes_a_narrow_output(hidden_size, width, folder):
+    case = Case(**vars(BASE) | dict(num_tokens=2, hidden_size=hidden_size))
     kwargs = make_case(case)
     function = simulated(MX, 8, False, folder)
     output, _ = call(case, kwargs, 8, do_finalize=True, function=function, output_width=width)
     assert rel_l2(output, moe_ref(**kwargs)[0][:, :width]) < 1e-3
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("name", ["widths", "held_2", "held_4"])
+def test_simulated_tile_multiplies_as_many_columns_as_it_has_rows(name, folder):
+    config = hand_chosen(*SIMULATED[name][:2])
+    one_expert = dict(num_experts=2, top_k=1, routing="one_expert", hidden_size=64, intermediate_size=64)
+    for width in config.widths:
+        for num_tokens in (width - config.width_step + 1, width):
+            check_simulated(name, SMALL, one_expert | dict(num_tokens=num_tokens), folder)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("num_experts, top_k", [(8, 3), (512, 8), (1024, 11)])
+def test_simulated_route_with_several_tokens_a_cta(num_experts, top_k, folder):
+    """The last CTA has one of its tokens; slots that finalize adds are more than it asks for at once."""
+    sizes = dict(num_tokens=529, hidden_size=64, intermediate_size=32, num_experts=num_experts, top_k=top_k)
+    check_simulated("widths", SMALL, sizes, folder)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("name", ["held_2", "held_4"])
+def test_simulated_scales_need_not_be_aligned(name, folder):
+    """Base of gemm1's scales 8 bytes past a multiple of 16: cp.async copies them."""
+    weight_format, tile_m, early = SIMULATED[name]
+    case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=60, hidden_size=1536))
+    kwargs = make_case(case)
+    scales = kwargs["gemm1_weights_scale"]
+    shifted = torch.empty(scales.numel() + 24, dtype=torch.uint8)
+    start = (8 - shifted.data_ptr()) % 16
+    shifted[start : start + scales.numel()] = scales.reshape(-1).view(torch.uint8)
+    moved = shifted[start : start + scales.numel()].view(scales.dtype).view(scales.shape)
+    assert moved.data_ptr() % 16 == 8
+    function = simulated(weight_format, tile_m, early, folder)
+    output, _ = call(case, kwargs | dict(gemm1_weights_scale=moved), tile_m, do_finalize=True, function=function)
+    assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-3
 
 
 def check_simulated(name: str, base: Case, changes: dict, folder, is_zero: bool = False) -> None:

@@ -472,14 +472,14 @@ def test_tile_heights_that_are_not_selected_have_no_say():
 
 
 def test_recorded_choice_becomes_the_configuration(tmp_path):
-    better = sm90a.default_of_tile(64) | dict(k_blocks=2)
+    better = sm90a.default_of_tile(64) | dict(k_blocks=1)
     for num_tokens in (512, 1024):
         task = Task(sm90a.TARGET, "gemm2", "mxfp4", "gpt-oss-120b", num_tokens)
         run = run_of(tmp_path, Clock(), task, sm90a)
         for config, us in ((sm90a.default_of_tile(64), 100.0), (better, 90.0)):
             run.record(config, us)
     chosen = sm90a.chosen("mxfp4", tmp_path)
-    assert chosen[64]["gemm2"].k_blocks == 2 and chosen[64]["gemm1"].k_blocks == sm90a.TILES[64][3]
+    assert chosen[64]["gemm2"].k_blocks == 1 and chosen[64]["gemm1"].k_blocks == sm90a.TILES[64][3]
     assert sm90a.chosen("nvfp4", tmp_path)[64]["gemm2"].k_blocks == sm90a.TILES[64][3]
 
 

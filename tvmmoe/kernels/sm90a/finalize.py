@@ -2,7 +2,8 @@
 """finalize: out[t] = bf16(sum over slots, ascending, of float(weight) * float(row)).
 
     grid     num_tokens * ceil(H_out / 1024) CTAs of 128 threads, 8 columns a thread
-    load     the rows of 8 slots are requested before the first is added
+    load     lane k knows the row and the weight of slot k (top_k is 32 at most); rows of 8 slots are requested before the
+             first is added
     store    16 bytes, or single elements where H_out is no multiple of 8
 
 A slot of another rank (row -1) contributes nothing; a token with none of ours gets zeros.
@@ -28,6 +29,7 @@ from tvmmoe.kernels.sm90a.trace import (
     ptx,
     regs,
     scalar,
+    shuffle,
     store,
     store_to,
     store_vec4,
@@ -39,38 +41,35 @@ COLUMNS = THREADS * 8
 SLOTS_AT_ONCE = 8
 
 
-def _slots(a, token, group, space: str = "global"):
-    """Rows, -1 where there is none, and weights of up to SLOTS_AT_ONCE slots."""
-    rows, weights = [], []
-    for i in range(SLOTS_AT_ONCE):
-        k = let(cast(group * SLOTS_AT_ONCE + i, "int64"))
-        slot = let(cast(token, "int64") * a.top_k + k)
-        row, weight = scalar("int32", T.int32(-1)), scalar("float32", T.float32(0))
-        with if_(k < a.top_k):
-            assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4), space))
-            weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2), space)
-            assign(weight, numerics.bf16_to_float32(weight_bits))
-        rows.append(row)
-        weights.append(weight)
-    return rows, weights
+def _slot(a, token, lane, space: str = "global"):
+    """Row, -1 where there is none, and weight of the token's slot ``lane``."""
+    row, weight = scalar("int32", T.int32(-1)), scalar("float32", T.float32(0))
+    with if_(lane < cast(a.top_k, "int32")):
+        slot = let(cast(token, "int64") * a.top_k + cast(lane, "int64"))
+        assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4), space))
+        weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2), space)
+        assign(weight, numerics.bf16_to_float32(weight_bits))
+    return row, weight
 
 
-def _add_slots(a, rows, weights, column, sums) -> None:
-    """Add their rows of gemm2_output, in slot order."""
+def _add_slots(a, row, weight, first, column, sums) -> None:
+    """Add the rows of gemm2_output of slots ``first`` ... , in slot order, where they have a row and a ``column``."""
+    rows = [let(shuffle(row, first + i)) for i in range(SLOTS_AT_ONCE)]
     data = []
-    for row in rows:
+    for each in rows:
         words = regs(4, "uint32")
-        with if_(row >= 0):
-            offset = cast(row, "int64") * a.output_pitch + column
+        with if_(T.And(each >= 0, column < a.output_hidden_size)):
+            offset = cast(each, "int64") * a.output_pitch + column
             load_vec4(address(a.result("gemm2_output"), offset * 2), into=words)
         data.append(words)
-    for row, weight, words in zip(rows, weights, data, strict=True):
-        with if_(row >= 0):
+    for number, (each, words) in enumerate(zip(rows, data, strict=True)):
+        factor = let(shuffle(weight, first + number))
+        with if_(each >= 0):
             for i in range(4):
                 low = bits(let(words[i] << u32(16)), "float32")
                 high = bits(let(words[i] & u32(0xFFFF0000)), "float32")
-                store(sums, sums[2 * i] + weight * low, 2 * i)
-                store(sums, sums[2 * i + 1] + weight * high, 2 * i + 1)
+                store(sums, sums[2 * i] + factor * low, 2 * i)
+                store(sums, sums[2 * i + 1] + factor * high, 2 * i + 1)
 
 
 def finalize(a, knows_rows: bool = False) -> None:
@@ -83,17 +82,15 @@ def finalize(a, knows_rows: bool = False) -> None:
         sums = regs(8, "float32")
         for i in range(8):
             store(sums, T.float32(0), i)
-        early = [_slots(a, token, T.int32(0), PAST_L1)] if knows_rows else []  # of the first group
-        done = len(early)
+        if knows_rows:
+            row, weight = _slot(a, token, thread.lane, PAST_L1)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
+        if not knows_rows:
+            row, weight = _slot(a, token, thread.lane)
+        with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as i:
+            _add_slots(a, row, weight, i * SLOTS_AT_ONCE, column, sums)
         with if_(column < width):
-            for rows, weights in early:
-                _add_slots(a, rows, weights, column, sums)
-            groups = (cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE
-            with for_(groups - done) as i:
-                rows, weights = _slots(a, token, i + done)
-                _add_slots(a, rows, weights, column, sums)
             words = regs(4, "uint32")
             for i in range(4):
                 store(words, pack_bf16(sums[2 * i], sums[2 * i + 1]), i)

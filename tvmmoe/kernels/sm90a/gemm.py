@@ -5,9 +5,10 @@
                  tile_scheduler.py hands them out
     consumers    2 or 4 warpgroups: FP4 -> bf16 in registers (the MMA's A, 64 rows), tokens are B, fp32 accumulators:
                  gemm_multiply.py; 4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
-    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [tile_m, 128 bytes] of half of one, or at 16 and 32
-                 columns of all halves of a stage, with 128-byte swizzle
-    last 3 warps cp.async: scale bytes of the tile's rows, 16 at a time where rows are aligned
+    next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [width, 128 bytes] of all halves of a stage's K blocks (of
+                 one at 8 columns and in clusters), with 128-byte swizzle
+    last 3 warps scale bytes of the tile's rows by cp.async, 16 at a time where rows are aligned, or (gemm1 at 64 and 96
+                 columns) there through registers, for several stages at once
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
     ks = 1       the warpgroups own different rows: prefill
@@ -16,7 +17,7 @@
 
 A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps; its empty barrier
 one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
-zero. A tile multiplies (``widths``) and loads (``token_box``) only as many token columns as its rows need.
+zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
 
 A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
@@ -48,6 +49,7 @@ from tvmmoe.kernels.sm90a.trace import (
     kernel,
     let,
     load,
+    load_vec4,
     ptx,
     regs,
     scalar,
@@ -69,7 +71,7 @@ class Work(NamedTuple):
     token_maps: tuple
     k_steps: object
     scale_row_bytes: object
-    is_aligned: object  # scales of a row and stage are copied in pieces of up to 16 bytes where rows allow it, else in words
+    is_aligned: object  # scales of a row are copied in pieces of up to 16 bytes where rows allow it, else in words
     pitch_of_scales: object
 
 
@@ -89,10 +91,15 @@ class GroupedGemm(Multiply, Epilogue):
         self.out_bytes = self.chunk_m * c.warpgroups * self.pitch
         self.acc_count = c.tile_m // 2
         assert self.stages >= 2, c
+        # _token_bytes, _token_map and _multiply each choose a tile's width, and pieces start at whole atoms of the swizzle.
+        assert c.widths == tuple(range(c.widths[0], c.tile_m + 1, c.width_step)), c
+        assert c.widths[0] % c.width_step == c.width_step % 8 == 0, c
         # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
         self.is_state_early = c.mi * self.acc_count <= 32
         self.registers = c.registers
-        self.piece = min(16, c.stage_scale_bytes)  # bytes of a copy of scales
+        # Not in gemm2, whose tiles have few stages: what loads too late there costs more than it saves.
+        self.held_stages = 1 if problem.knows_tiles else c.held_scale_stages
+        self.piece = min(16, self.held_stages * c.stage_scale_bytes)  # bytes of a copy of scales
         self.scheduler = self._scheduler()
 
     def _scheduler(self) -> TileScheduler:
@@ -121,15 +128,17 @@ class GroupedGemm(Multiply, Epilogue):
         return p.weight_map(self.c), self._token_maps(p)
 
     def _token_maps(self, p) -> tuple:
-        """One map whose box is a stage's columns, or two with boxes of 128 bytes a row: of the tile's least width (a CTA's
-        share of it), and of ``token_box`` rows more."""
+        """A map for each width, whose box is a stage's columns; or one for boxes of ``width_step`` rows of 128 bytes."""
         c, row, rows = self.c, 128 // self.token_bytes, self.a.max_tiles * self.c.tile_m
         encode = functools.partial(tensor_map, address(p.operand), dtype=self.token_dtype, swizzle=3)
-        if c.loads_columns_at_once:
-            box = [row, c.tile_m, self.token_pieces]
-            return (encode([row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)], box),)
-        sizes = [c.widths[0] // c.cluster] + ([] if c.has_one_width else [c.token_box])
-        return tuple(encode([p.padded_k, rows], [2 * p.padded_k], [row, size]) for size in sizes)
+        if not c.loads_columns_at_once:
+            return (encode([p.padded_k, rows], [2 * p.padded_k], [row, c.width_step]),)
+        dims, strides = [row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)]
+        return tuple(encode(dims, strides, [row, width, self.token_pieces]) for width in c.widths)
+
+    def _x_piece(self, width: int) -> int:
+        """Bytes from one 128-byte piece of a stage's tokens to the next."""
+        return 128 * (width if self.c.loads_columns_at_once else self.c.tile_m)
 
     @property
     def token_pieces(self) -> int:
@@ -271,22 +280,29 @@ class GroupedGemm(Multiply, Epilogue):
         """Load the tile, whose first ``early`` stages have their weights, and announce the next one."""
         tiles, tile = self.scheduler, self.scheduler.tile
         coordinates, x_bytes = self.p.weight_coordinates(self.c, tile), self._token_bytes(tile)
+        token_map = self._token_map(x_bytes)
         # The answer takes as long as loads do; asked earlier, a slow CTA would take a tile that others wait for.
         claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
         with for_(self.k_steps) as step:
 
             def wait_and_load(step=step):
-                cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+                self._wait_for_room()
                 with if_(is_issuer):
                     self._load_weights(self.stage, step, coordinates, x_bytes)
 
             if_else(early > 0, lambda: assign(early, early - 1), wait_and_load)
             with if_(is_issuer):
-                self._load_tokens(tile, step, x_bytes)
+                self._load_tokens(tile, step, x_bytes, token_map)
             with if_(step == claiming):
                 tiles.claim(is_issuer)
             self._advance()
         tiles.announce(is_issuer)
+
+    def _wait_for_room(self) -> None:
+        """Until the stage may be written by TMA, which is another proxy than that which read it (in this CTA: what TMA writes
+        in others of a cluster is ordered by their barriers alone)."""
+        cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+        ptx.fence.proxy.async_.shared__cta()
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
         c, bar = self.c, self.full.ptr_to([stage])
@@ -296,28 +312,36 @@ class GroupedGemm(Multiply, Epilogue):
             place = [(step * c.k_blocks + block) * (K_BLOCK // 2), *coordinates]
             isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, self.policy)
 
-    def _load_tokens(self, tile: Tile, step, x_bytes) -> None:
+    def _token_map(self, x_bytes):
+        """Address of the map for a tile whose stages have so many bytes of tokens."""
+        pointer = T.address_of(self.token_maps[-1])
+        for width, tensor in reversed(list(zip(self.c.widths, self.token_maps[:-1], strict=False))):
+            pointer = T.Select(x_bytes == width * (self.token_pieces * 128), T.address_of(tensor), pointer)
+        return let(pointer)
+
+    def _load_tokens(self, tile: Tile, step, x_bytes, token_map) -> None:
         """A stage's token boxes; the CTAs of a cluster share them, and all get all."""
-        c, rank = self.c, self.scheduler.rank
+        c, rank, box = self.c, self.scheduler.rank, self.c.width_step
+        first = tile.token_tile * c.tile_m
         if c.loads_columns_at_once:
-            self._load_box(0, 0, [0, tile.token_tile * c.tile_m, step * self.token_pieces])
+            self._load_box(token_map, 0, [0, first, step * self.token_pieces])
             return
 
-        def load_rows(number: int, row) -> None:
+        def load_rows(row) -> None:
             for piece in range(self.token_pieces):
                 k = (step * self.token_pieces + piece) * (128 // self.token_bytes)
-                self._load_box(number, piece * c.tile_m + row, [k, tile.token_tile * c.tile_m + row])
+                self._load_box(token_map, piece * c.tile_m + row, [k, first + row])
 
-        load_rows(0, rank * (c.widths[0] // c.cluster))
         if c.has_one_width:
+            load_rows(rank * box)
             return
-        num_more = x_bytes // (self.token_pieces * 128 * c.token_box) - c.widths[0] // c.token_box
-        with for_((num_more + (c.cluster - 1 - rank)) // c.cluster) as turn:
-            load_rows(1, c.widths[0] + (turn * c.cluster + rank) * c.token_box)
+        num_boxes = x_bytes // (self.token_pieces * 128 * box)
+        with for_((num_boxes + (c.cluster - 1 - rank)) // c.cluster) as turn:
+            load_rows((turn * c.cluster + rank) * box)
 
-    def _load_box(self, number: int, row, place) -> None:
-        """One of that map's boxes, to a row of 128 bytes in the stage."""
-        target = self.xs.ptr_to([self.stage * self.x_stage + row * 128]), T.address_of(self.token_maps[number])
+    def _load_box(self, token_map, row, place) -> None:
+        """A box to a row of 128 bytes in the stage."""
+        target = self.xs.ptr_to([self.stage * self.x_stage + row * 128]), token_map
         barrier = self.full.ptr_to([self.stage])
         if self.c.cluster > 1:
             isa.tma_load_to_cluster(len(place), *target, place, barrier, self.c.cluster)
@@ -327,7 +351,7 @@ class GroupedGemm(Multiply, Epilogue):
     def _token_bytes(self, tile: Tile):
         """Bytes of token columns that a stage of this tile loads."""
         c = self.c
-        rows = (T.max(tile.num_rows, c.widths[0]) + (c.token_box - 1)) // c.token_box * c.token_box
+        rows = (T.max(tile.num_rows, c.widths[0]) + (c.width_step - 1)) // c.width_step * c.width_step
         return let(rows * (self.token_pieces * 128))
 
     def _produce_scales(self, lane) -> None:
@@ -346,11 +370,12 @@ class GroupedGemm(Multiply, Epilogue):
             offsets = [let(self.p.row(c, tile, row) * self.scale_row_bytes) for row in rows]
             slots = [let(row * self.pitch_of_scales) for row in rows]
             self._describe(tile, lane, rows, expert, offsets)
-            with for_(self.k_steps) as step:
-                cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                self._copy_scales(step, rows, slots, [expert + cast(offset, "int64") for offset in offsets])
-                ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
-                self._advance()
+            starts = [expert + cast(offset, "int64") for offset in offsets]
+            emit = functools.partial(self._copy_scales_of_tile, rows, slots, starts)
+            if self.held_stages == 1:
+                emit()
+            else:
+                if_else(self.is_aligned, functools.partial(self._pass_scales_of_tile, rows, slots, starts), emit)
             self.scheduler.advance()
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
@@ -358,6 +383,31 @@ class GroupedGemm(Multiply, Epilogue):
 
         Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
         """
+
+    def _copy_scales_of_tile(self, rows, slots, starts) -> None:
+        with for_(self.k_steps) as step:
+            cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+            self._copy_scales(step, rows, slots, starts)
+            ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
+            self._advance()
+
+    def _pass_scales_of_tile(self, rows, slots, starts) -> None:
+        """The same to the same places through registers: 16 bytes of a row are loaded at once, while stages are full. Rows
+        are aligned, so such pieces, and with them stages, come out even."""
+        c, num_words = self.c, self.c.stage_scale_bytes // 4
+        held = [regs(4, "uint32") for _ in rows]
+        with for_(self.k_steps // self.held_stages) as piece:
+            for row, start, words in zip(rows, starts, held, strict=True):
+                with if_(row < c.rows):
+                    load_vec4(address(start, cast(piece * 16, "int64")), into=words)
+            for first in range(0, 4, num_words):
+                cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+                for row, slot, words in zip(rows, slots, held, strict=True):
+                    with if_(row < c.rows):
+                        place = self.ss.ptr_to([self.stage * self.s_stage + slot])
+                        isa.store_words(place, [words[first + i] for i in range(num_words)])
+                ptx.mbarrier.arrive.shared.b64(self.full.ptr_to([self.stage]), u32(1))
+                self._advance()
 
     def _copy_scales(self, step, rows, slots, starts) -> None:
         """Rows' scales of a stage into their slots, from rows that begin there; zeros where they have ended."""

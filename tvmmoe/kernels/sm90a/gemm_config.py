@@ -11,10 +11,10 @@ NUM_CTAS = 132  # SMs of an H100 SXM or H200; fewer SMs still finish, in more th
 SMEM_BYTES = 227 * 1024
 MAX_STAGES = 12
 BARRIER_BYTES = 896  # with decode_word's factors and the ring of claimed tiles
-# Token columns that a tile may multiply. One number for small tiles, whose limit is decoding. For more of 256, ptxas has no
+# Token columns that a tile may multiply and load, at equal steps; the smallest have one number. For more of 256, ptxas has no
 # registers and waits for every wgmma (C7512); finer ones did not pay there anyway.
 WIDTHS = {
-    64: (32, 40, 48, 56, 64), 96: (64, 72, 80, 88, 96), 128: (32, 64, 96, 128), 256: (64, 96, 128, 160, 192, 224, 256),
+    32: range(8, 33, 8), 64: range(16, 65, 8), 96: range(48, 97, 8), 128: range(32, 129, 32), 256: range(64, 257, 32),
 }  # fmt: skip
 
 
@@ -70,22 +70,22 @@ class GemmConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Token columns, ascending: a tile multiplies the smallest number that holds its rows."""
-        return WIDTHS.get(self.tile_m, (self.tile_m,))
+        return tuple(WIDTHS.get(self.tile_m, (self.tile_m,)))
 
     @property
     def has_one_width(self) -> bool:
         return len(self.widths) == 1
 
     @property
-    def token_box(self) -> int:
-        """Token rows that a tile loads at a time: all, or beyond its least width about an eighth of them."""
-        return self.tile_m if self.has_one_width else max(8, 1 << (self.tile_m // 8 - 1).bit_length())
+    def width_step(self) -> int:
+        """Between widths; a tile loads so many token rows or a multiple."""
+        return self.tile_m if self.has_one_width else self.widths[1] - self.widths[0]
 
     @property
     def loads_columns_at_once(self) -> bool:
-        """Whether one TMA box holds a stage's token columns: 2 to 6 % faster at 16 and 32 columns, 1 % slower at
-        8 (measured with wgmma)."""
-        return self.has_one_width and self.tile_m > 8 and self.cluster == 1
+        """Whether one TMA box holds a stage's token columns: 2 to 6 % faster than one for each 128 bytes of their rows, but
+        1 % slower at 8 columns (measured with wgmma)."""
+        return self.tile_m > 8 and self.cluster == 1
 
     @property
     def scale_bytes(self) -> int:
@@ -96,6 +96,16 @@ class GemmConfig:
     def stage_scale_bytes(self) -> int:
         """Scale bytes of a row in one stage."""
         return self.k_blocks * self.scale_bytes
+
+    @property
+    def held_scale_stages(self) -> int:
+        """Stages whose scales pass through registers together in gemm1, where rows and base are of whole 16 bytes (1:
+        cp.async copies each stage's).
+
+        A row of a copy is another line of L2 and another write to shared memory, of 4 bytes as of 16: 2.5 % of gemm1 at 64
+        and 96 columns, nothing at 256. Rows of 4 or 8 bytes' alignment are copied in words then: no shape of shapes.json.
+        """
+        return max(1, 16 // self.stage_scale_bytes) if 64 <= self.tile_m < 128 else 1
 
     @property
     def is_streamed(self) -> bool:
@@ -110,7 +120,7 @@ class GemmConfig:
     @property
     def words_per_group(self) -> int:
         """Words of weights a fragment row that one group multiplies, of wgmma."""
-        return 2 if self.tile_m * self.mi <= 16 or self.tile_m == 64 else 1
+        return 2 if self.tile_m * self.mi <= 16 or self.tile_m in (32, 64) else 1
 
     @property
     def decodes_by_multiplying(self) -> bool:

@@ -74,7 +74,7 @@ class Fp8Gemm(GroupedGemm):
     token_dtype, token_bytes = "uint8", 1
 
     def __init__(self, a, config: GemmConfig, problem, promoted_blocks: int):
-        assert (config.tile_m, config.ks, config.warpgroups, config.k_blocks) == (128, 1, 2, 2), config
+        assert (config.tile_m, config.ks, config.warpgroups, config.k_blocks, config.cluster) == (128, 1, 2, 2, 2), config
         assert config.weight_format == WeightFormat.mxfp4, config
         super().__init__(a, config, problem)
         self.promoted_blocks = promoted_blocks  # K blocks that the tensor core sums: 1 or 2
@@ -241,7 +241,7 @@ class Fp8Gemm(GroupedGemm):
         """The K blocks of a stage, the first of them decoded. While one multiplies the next is decoded; while the last one
         does, the first of the next stage, which must be there before this one is released. A block's four steps are one
         wgmma group: ptxas serialises what is cut finer."""
-        c, stage, tokens = self.c, let(self.stage), self._stage_descriptor()
+        c, stage, tokens = self.c, let(self.stage), self._stage_descriptor(self.x_block)
         for block in range(c.k_blocks):
             self._issue_block(width, block, tokens + T.uint64(block * self.x_block // 16))
             if block + 1 < c.k_blocks:
@@ -295,7 +295,7 @@ class Fp8Gemm(GroupedGemm):
         last_block = let(cast(self.p.padded_k // K_BLOCK, "int32") - 1)
         with for_(self.k_steps) as step:
             cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-            descriptor = self._stage_descriptor()
+            descriptor = self._stage_descriptor(self.x_block)
             with for_(c.k_blocks) as block:
                 self._fetch_token_scales(tile, let(T.min(step * c.k_blocks + block, last_block)))
                 self._load_words_of(block)

@@ -43,11 +43,11 @@ class Multiply:
     def _allot_operands(self) -> None:
         """Registers and addresses of the operands."""
         c = self.c
-        self.previous = scalar("int32", T.int32(self.stages))
-        self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         if c.multiplies_by_warp:
             self._place_tokens()
             return
+        self.previous = scalar("int32", T.int32(self.stages))
+        self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(1 + c.is_overlapped)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
 
@@ -87,21 +87,22 @@ class Multiply:
 
     def _multiply_stage(self, width: int) -> None:
         """This warpgroup's K blocks of a stage."""
-        c, descriptor = self.c, self._stage_descriptor()
+        c, x_block = self.c, 2 * self._x_piece(width)
+        descriptor = self._stage_descriptor(x_block)
         words = let(cast(self.stage, "uint32") * u32(self.w_stage))
         scales = let(cast(self.stage, "uint32") * u32(self.s_stage))
         for block in range(self.per_warpgroup):
             self._load_words(let(words + u32(block * self.w_block)))
             raw = self._load_scales(let(scales + u32(block * c.scale_bytes)))
-            self._multiply_block(width, block, raw, descriptor + T.uint64(block * (self.x_block // 16)))
+            self._multiply_block(width, block, raw, descriptor + T.uint64(block * (x_block // 16)))
         assign(self.previous, self.stage)
 
-    def _stage_descriptor(self):
-        """Of this warpgroup's first tokens of the stage.
+    def _stage_descriptor(self, x_block: int):
+        """Of this warpgroup's first tokens of the stage, which has so many bytes of them a K block.
 
         Adding to all its 64 bits takes one instruction, making another one of the sum of low words three.
         """
-        offset = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * self.x_block // 16)
+        offset = self.stage * (self.x_stage // 16) + self.k_sub * (self.per_warpgroup * x_block // 16)
         # The same in every lane: after the shuffle ptxas keeps descriptors in uniform registers.
         low = let(shuffle(let(self.descriptor_base + cast(offset, "uint32")), T.int32(0)))
         return let(isa.shared_descriptor(low))
@@ -119,7 +120,7 @@ class Multiply:
             ptx.wgmma.fence.sync.aligned()
             for step in range(2 * per_group):
                 j = word * 2 + step
-                offset = (j // 4) * (self.x_block // 2) + (j % 4) * 32
+                offset = (j // 4) * self._x_piece(width) + (j % 4) * 32
                 tokens = descriptor + T.uint64(offset >> 4)
                 for mi in range(c.mi):
                     isa.wgmma(width, self.acc[mi], [fragments[mi][step * 4 + i] for i in range(4)], tokens, True)

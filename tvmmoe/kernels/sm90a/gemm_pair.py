@@ -20,7 +20,7 @@ from tvmmoe.kernels.sm90a.gemm1_quantized import QuantizedGemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.tile_scheduler import PairScheduler, Tile
-from tvmmoe.kernels.sm90a.trace import address, assign, cast, cuda, for_, if_, let, load, ptx, scalar, u32, while_
+from tvmmoe.kernels.sm90a.trace import address, assign, cast, for_, if_, let, load, ptx, scalar, u32, while_
 
 
 def is_served(a, is_gated):
@@ -88,7 +88,7 @@ class GemmPair(GroupedGemm):
         tile, stage, phase = self.scheduler.tile, let(self.stage), let(self.phase)
         coordinates, x_bytes = self.p.weight_coordinates(self.c, tile), self._token_bytes(tile)
         with for_(early) as step:
-            cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
+            self._wait_for_room()
             with if_(is_issuer):
                 self._load_weights(self.stage, step, coordinates, x_bytes)
             self._advance()

@@ -55,6 +55,11 @@ def copy_async(destination, source, size: int, num_bytes) -> None:
     ptx["cp.async.ca.shared.global"](destination, source, size, cast(num_bytes, "uint32"))
 
 
+def store_words(pointer, words) -> None:
+    """One or two uint32 to shared memory."""
+    ptx["st.shared.b32" if len(words) == 1 else "st.shared.v2.b32"](pointer, *words)
+
+
 def shared_descriptor_base(pointer):
     """Low word of the wgmma descriptor of a K-major tile, 128-byte swizzle, at ``pointer`` (16-byte units, LBO 1).
 

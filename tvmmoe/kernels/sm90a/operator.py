@@ -84,7 +84,7 @@ class Variant:
 # of what L2 has to deliver, and a cluster asks for them once. Which tile serves which load is measured
 # (schedules/sm90a/crossovers.json).
 TILES = {
-    8: (1, 2, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 2, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
+    8: (1, 2, 4, 4, 1), 16: (1, 2, 4, 4, 1), 32: (1, 1, 4, 2, 1), 64: (1, 1, 4, 2, 1), 96: (1, 1, 4, 1, 1),
     256: (1, 1, 2, 1, 2),
 }  # fmt: skip
 # gemm2 over at most SHORT_K columns, where a stage of four K blocks, or its last one, is mostly empty.

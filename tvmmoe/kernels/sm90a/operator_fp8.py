@@ -29,7 +29,6 @@ MIN_ROWS = 48.0
 SYMBOL = f"fp4_block_scale_moe_mxfp4_mxfp8_m{TILE_M}"
 # Two CTAs share their tokens: 3 to 6 % on an H200. The limit is power, not loads, but loads cost it too.
 GEMM = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks=2, cluster=2)
-WIDTH_STEP = 32  # between GEMM.widths
 
 
 def operator() -> tvm.tirx.PrimFunc:
@@ -48,7 +47,7 @@ def _launch_all(a: Arguments) -> None:
     route(a)
     with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
         permute.count(a)
-    permute.scatter(a, TILE_M, WIDTH_STEP)
+    permute.scatter(a, TILE_M, GEMM.width_step)
     gather_fp8(a)
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     # What the tensor core sums is less exact: one K block in gemm1, since z is rounded to e4m3 then, and two in gemm2.

@@ -10,7 +10,8 @@
         row = tile_m * (first_tile[e] + index // share) + index % share
 
 An expert's tiles share its rows evenly, to whole widths: 540 rows are 192 + 192 + 156, not 256 + 256 + 28, whose
-last tile would cost far more than its rows. Tiles up to 32 rows have one width and are filled.
+last tile would cost far more than its rows. Tiles up to 32 rows are filled: their widths are 8 apart, so 32 + 8 cost what
+24 + 16 do.
 
 Local experts ascend; inside an expert rows follow expanded_idx. The pair on a tile's first row describes the tile.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """route: logits -> top_k experts and weights of every token.
 
-    grid     ceil(num_tokens / tokens_per_cta) CTAs of 8 warps; one token a CTA as long as that fills the card once
+    grid     ceil(num_tokens / tokens_per_cta) CTAs of 8 warps; as few tokens a CTA as let all CTAs be on the card at once
     load     all threads share the experts of the CTA's tokens: scores and sort keys into shared memory
     select   one warp a token. Lane l holds the keys of ``per_lane`` neighbouring experts in registers; top_k times the
              warp takes the largest (ties: the lowest lane, so the lowest id) and its owner closes it
@@ -43,7 +43,7 @@ THREADS = 32 * WARPS
 ENTRIES = 2048  # (token, expert) pairs that a CTA holds
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
-ONE_WAVE = 1024  # CTAs of this size that the card holds at once, about
+ONE_WAVE = 264  # CTAs of this size that the card holds at once
 BATCH = 4  # loads of a thread that are under way at once
 PER_LANE = (4, 8, MAX_EXPERTS // 32)  # experts of a lane that select is compiled for
 CLOSED = -(2**31)  # key of an expert that may not be chosen; only a NaN of one pattern shares it
@@ -323,7 +323,7 @@ class _strided:
 def route(a) -> None:
     """Emit the kernel."""
     several = T.min(T.int64(WARPS), ENTRIES // a.num_experts)
-    per_cta = T.Select(a.num_tokens <= ONE_WAVE, T.int64(1), several)
+    per_cta = T.max(T.min((a.num_tokens + (ONE_WAVE - 1)) // ONE_WAVE, several), T.int64(1))
     with kernel("route", cast((a.num_tokens + per_cta - 1) // per_cta, "int32"), THREADS) as thread:
         smem = Smem()
         router = Router(a, smem, WARPS)
