@@ -4,10 +4,11 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from tvmmoe import baseline, bench, reference, shapes
+from tvmmoe import baseline, bench, reference, shapes, table
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType
 from tvmmoe.config import WeightFormat as W
@@ -151,3 +152,42 @@ def test_baseline_is_the_operator(mode, activation):
     (expected,) = reference.moe_ref(**kwargs)
     # bfloat16 accumulators; in mxfp8 mode z is not requantised either.
     assert rel_l2(baseline.dequantize_matmul(**kwargs), expected) < (0.06 if mode.get("activation_format") else 0.012)
+
+
+# ------------------------------------------------------------------------------------------------------- tables of results
+
+RESULTS = Path(__file__).resolve().parents[1] / "schedules" / "results"
+README = RESULTS.parents[1] / "README.md"
+README_SHAPES = ["Qwen3-235B-A22B", "gpt-oss-120b", "DeepSeek-V3-32of256"]  # of its tables of modes
+
+
+@pytest.mark.parametrize(
+    "names, shapes",
+    [
+        (["h100"], None),
+        (["h200"], None),
+        (["h100_mxfp8-mxfp4", "h100_nvfp4-nvfp4", "h100_bf16-nvfp4"], README_SHAPES),
+        (["h200_modes"], None),
+    ],
+    ids=["h100", "h200", "h100_modes", "h200_modes"],
+)
+def test_readme_has_the_table_of_the_results(names, shapes):
+    rows = table.rows_of([RESULTS / f"{name}.json" for name in names], shapes)
+    assert "\n".join(table.markdown(rows)) in README.read_text()
+
+
+def test_table_marks_what_a_public_kernel_does_faster():
+    row = dict(shape="s", mode="bf16-mxfp4", num_tokens=1, us=40.4, share=0.5, public_us=50.0)
+    slower = row | dict(num_tokens=16, us=60.0, share=0.251)
+    other = row | dict(shape="t", num_tokens=16, public_us=None)
+    assert table.markdown([row, slower, other])[2:] == ["| s | 40 (50) 0.50 | - 60 (50) 0.25 |", "| t |  | 40 0.50 |"]
+    of_two_modes = table.markdown([row, row | dict(mode="bf16-nvfp4")])
+    assert of_two_modes[2:] == ["| bf16 x mxfp4 | s | 40 |", "| bf16 x nvfp4 | s | 40 |"]
+
+
+def test_table_of_a_shape_without_rows_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        table.main([str(RESULTS / "h200_modes.json"), "--shape", "GLM-4.5"])
+    assert "--shape: got GLM-4.5, of which the files have no row" in capsys.readouterr().err
+    table.main([str(RESULTS / "h200_modes.json"), "--shape", "gpt-oss-120b"])
+    assert len(capsys.readouterr().out.splitlines()) == 5

@@ -92,6 +92,30 @@ def test_manifest_has_the_limits_of_other_gpus():
         assert written == crossovers.limits_of_others("sm90a", sorted(e.tile_m for e in mine))
 
 
+@pytest.mark.parametrize("target", ["sm90a", "x86-64-v3"])
+def test_tables_are_applied_to_a_manifest(target, monkeypatch, tmp_path):
+    """What the build has written comes out again; entries of other targets, and fp8's, are left alone."""
+    committed = json.loads((loader.artifacts_dir() / "manifest.json").read_text())
+    for entry in committed["entries"]:
+        entry.setdefault("device_ranges", [])
+    changed = json.loads(json.dumps(committed))
+    for entry in changed["entries"]:
+        if entry["target"] == target and entry.get("accumulation") != "fp8":
+            entry |= dict(min_rows_per_expert=7, max_rows_per_expert=None, device_ranges=[])
+    assert changed != committed
+    (tmp_path / "manifest.json").write_text(json.dumps(changed))
+    monkeypatch.setattr(loader, "artifacts_dir", lambda: tmp_path)
+    monkeypatch.setattr(crossovers, "target_of", lambda device: target)
+    assert crossovers.main(["--apply", "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "manifest.json").read_text()) == committed
+
+
+def test_tables_that_are_not_there_are_not_applied(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loader, "data_dir", lambda name: tmp_path)
+    assert crossovers.main(["--apply", "--device", "cpu"]) == 1
+    assert "--apply: got no " in capsys.readouterr().err
+
+
 def test_another_gpu_has_a_table_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "data_dir", lambda name: tmp_path)
     table = tmp_path / "sm90a" / "crossovers.json"
@@ -124,6 +148,12 @@ def test_measures_and_keeps_other_shapes(monkeypatch, tmp_path, capsys):
     cells = [(shape, mode, n) for shape, mode in (("other", bf16), ("other", mxfp8), ("tiny", bf16)) for n in (1, 16)]
     assert [(r["shape"], r["mode"], r["num_tokens"]) for r in rows] == cells
     assert all(us > 0 for r in rows for us in r["us"].values())
+    # Cells that are measured again are replaced, others stay.
+    old = {r["num_tokens"]: r["us"] for r in rows if r["shape"] == "tiny"}
+    monkeypatch.setattr(crossovers, "rested_us", lambda *_: 1.0)
+    crossovers.main(["--shape", "tiny", "--rows", "4", "--device", "cpu", "--out", str(path)])
+    new = {r["num_tokens"]: r["us"] for r in json.loads(path.read_text())["rows"] if r["shape"] == "tiny"}
+    assert new[1] == old[1] and new[16] != old[16]
     assert "tiny bf16-mxfp4 4 rows, 16 tokens: " in capsys.readouterr().out
 
 

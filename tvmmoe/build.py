@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ import tvm_ffi
 from tvmmoe import loader, relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.crossovers import limits_of_others, path_of, recorded_limits
+from tvmmoe.crossovers import limits_of_others, path_of, ranges_of, recorded_limits
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.select import VERIFIED
@@ -118,16 +117,6 @@ def selection_rows(
         }
         for tile_m, symbol in symbols.items()
     ]
-
-
-def ranges_of(min_rows_per_expert: Mapping[int, float], tiles: Iterable[int]) -> dict[int, tuple[float, float | None]]:
-    """Range of every tile height: they touch and end in a catch-all.
-
-    A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
-    """
-    used = sorted(tile_m for tile_m in tiles if tile_m in min_rows_per_expert)
-    limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
-    return dict.fromkeys(tiles, (0, 0)) | dict(zip(used, itertools.pairwise(limits), strict=True))
 
 
 def cpu_functions() -> dict[str, Any]:

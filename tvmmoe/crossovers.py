@@ -3,7 +3,8 @@
 
 Times every tile of this machine's artifacts over a range of rows per expert, checked and with cold weights as in the
 benchmark, and keeps the table in schedules/<target>/crossovers.json, or that of another GPU of the target in
-crossovers_<name>.json beside it. ``python -m tvmmoe.build`` makes the ranges of the manifest from them.
+crossovers_<name>.json beside it. ``python -m tvmmoe.build`` makes the ranges of the manifest from them, and
+``python -m tvmmoe.crossovers --apply`` does without compiling anything: for a GPU of a model that has no table yet.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,39 @@ def limits_of_others(target: str, tiles: Sequence[int]) -> dict[str, dict[int, f
     return limits
 
 
+def ranges_of(min_rows_per_expert: Mapping[int, float], tiles: Iterable[int]) -> dict[int, tuple[float, float | None]]:
+    """Range of every tile height: they touch and end in a catch-all.
+
+    A tile without a limit serves nothing: its range is [0, 0), so that it can still be found and measured.
+    """
+    used = sorted(tile_m for tile_m in tiles if tile_m in min_rows_per_expert)
+    limits = [*(min_rows_per_expert[tile_m] for tile_m in used), None]
+    return dict.fromkeys(tiles, (0, 0)) | dict(zip(used, itertools.pairwise(limits), strict=True))
+
+
+def apply(target: str, folder: Path) -> None:
+    """Write the limits of ``target``'s tables into the manifest in ``folder``; that of fp8 accumulation is its own.
+
+    Raises
+    ------
+    ArgumentError
+        The target has no table.
+    """
+    if not path_of(target).is_file():
+        raise ArgumentError(f"--apply: got no {path_of(target)}, expected what python -m tvmmoe.crossovers writes")
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    entries = [e for e in content["entries"] if e["target"] == target and e.get("accumulation") != "fp8"]
+    tiles = sorted({entry["tile_m"] for entry in entries})
+    own = ranges_of(recorded_limits(target, tiles), tiles)
+    others = {name: ranges_of(limits, tiles) for name, limits in limits_of_others(target, tiles).items()}
+    for entry in entries:
+        tile_m = entry["tile_m"]
+        entry["min_rows_per_expert"], entry["max_rows_per_expert"] = own[tile_m]
+        entry["device_ranges"] = [[name, *ranges[tile_m]] for name, ranges in others.items()]
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def target_of(device: torch.device) -> str:
     """The best target of a device that has artifacts: the one whose tiles are measured."""
     targets = targets_of(device)
@@ -162,8 +196,12 @@ def recorded(path: Path, device_name: str) -> list[Record]:
     return table["rows"]
 
 
+def _cell(record: Record) -> tuple[str, str, float]:
+    return record["shape"], record["mode"], record["rows_per_expert"]
+
+
 def write(target: str, device_name: str, records: list[Record], path: Path) -> None:
-    """Replace the records of the measured shapes and modes; those of another device are not touched, but refused.
+    """Replace the records of the measured cells; those of another device are not touched, but refused.
 
     Raises
     ------
@@ -171,8 +209,8 @@ def write(target: str, device_name: str, records: list[Record], path: Path) -> N
         The table was measured on another device.
     """
     old = recorded(path, device_name)
-    measured = {(r["shape"], r["mode"]) for r in records}
-    rows = [r for r in old if (r["shape"], r["mode"]) not in measured] + records
+    cells = {_cell(r): r for r in [*old, *records]}
+    rows = sorted(cells.values(), key=_cell)
     head = dict(target=target, device=device_name, date=time.strftime("%Y-%m-%d"))
     lines = ",\n ".join(json.dumps(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", help="rows per expert, several with commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: schedules/<target>/crossovers.json, or with the GPU's name")
+    apply_help = "measure nothing: write the limits of the target's tables into the manifest of the artifacts"
+    parser.add_argument("--apply", action="store_true", help=apply_help)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -203,6 +243,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows: got {options.rows!r}, expected numbers separated by commas")
     records: list[Record] = []
     try:
+        if options.apply:
+            apply(target, loader.artifacts_dir())
+            return 0
         path = options.out or path_of(target, gpu)
         recorded(path, name)  # refuses before the work, not after it
         for mode, shape in itertools.product(options.mode, shapes):
