@@ -144,7 +144,7 @@ def test_selection_is_by_the_gpus_own_ranges(monkeypatch, capsys):
     shown = {}
     for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         monkeypatch.setattr(info, "gpu_name", lambda device, gpu=gpu: gpu)
-        (row,) = json.loads(printed(capsys, "--device", "cpu", "--shape", "Qwen3-235B-A22B", "--tokens", "256", "--json"))
+        (row,) = json.loads(printed(capsys, "--device", "cpu", "--shape", "Qwen3-235B-A22B", "--tokens", "192", "--json"))
         shown[gpu] = row["tile_m"]
-    (row,) = json.loads(printed(capsys, "--target", "sm90a", "--shape", "Qwen3-235B-A22B", "--tokens", "256", "--json"))
-    assert shown == {"NVIDIA H100 80GB HBM3": row["tile_m"], "NVIDIA H200": 64} and row["tile_m"] != 64
+    (row,) = json.loads(printed(capsys, "--target", "sm90a", "--shape", "Qwen3-235B-A22B", "--tokens", "192", "--json"))
+    assert shown == {"NVIDIA H100 80GB HBM3": row["tile_m"], "NVIDIA H200": 32} and row["tile_m"] != 32
