@@ -20,7 +20,7 @@ import tvm_ffi
 from tvmmoe import loader, relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.crossovers import limits_of_others, path_of, ranges_of, recorded_limits
+from tvmmoe.crossovers import limits_of_others, manifest_ranges, path_of, recorded_limits
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.select import VERIFIED
@@ -101,19 +101,16 @@ def selection_rows(
     others: Mapping[str, Mapping[int, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Manifest entries (loader.Entry) of a weight format, by tile height; ``others`` are limits by a GPU's name."""
-    ranges = ranges_of(min_rows_per_expert, symbols)
-    of_others = {name: ranges_of(limits, symbols) for name, limits in (others or {}).items()}
+    ranges = manifest_ranges(min_rows_per_expert, others or {}, symbols)
     return [
         {
             "target": target,
             "weight_format": weight_format.name,
             "activation_formats": activation_formats,
             "tile_m": tile_m,
-            "min_rows_per_expert": ranges[tile_m][0],
-            "max_rows_per_expert": ranges[tile_m][1],
             "symbol": symbol,
             "file": file,
-            "device_ranges": [[name, *own[tile_m]] for name, own in of_others.items()],
+            **ranges[tile_m],
         }
         for tile_m, symbol in symbols.items()
     ]

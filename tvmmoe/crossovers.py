@@ -120,6 +120,22 @@ def ranges_of(min_rows_per_expert: Mapping[int, float], tiles: Iterable[int]) ->
     return dict.fromkeys(tiles, (0, 0)) | dict(zip(used, itertools.pairwise(limits), strict=True))
 
 
+def manifest_ranges(
+    limits: Mapping[int, float], others: Mapping[str, Mapping[int, float]], tiles: Iterable[int]
+) -> dict[int, dict[str, Any]]:
+    """Fields of a manifest's entry that say which loads each tile height serves; ``others`` are limits by a GPU's name."""
+    own = ranges_of(limits, tiles)
+    of_others = {name: ranges_of(limits, tiles) for name, limits in others.items()}
+    return {
+        tile_m: {
+            "min_rows_per_expert": own[tile_m][0],
+            "max_rows_per_expert": own[tile_m][1],
+            "device_ranges": [[name, *ranges[tile_m]] for name, ranges in of_others.items()],
+        }
+        for tile_m in tiles
+    }
+
+
 def apply(target: str, folder: Path) -> None:
     """Write the limits of ``target``'s tables into the manifest in ``folder``; that of fp8 accumulation is its own.
 
@@ -134,12 +150,9 @@ def apply(target: str, folder: Path) -> None:
     content = json.loads(path.read_text())
     entries = [e for e in content["entries"] if e["target"] == target and e.get("accumulation") != "fp8"]
     tiles = sorted({entry["tile_m"] for entry in entries})
-    own = ranges_of(recorded_limits(target, tiles), tiles)
-    others = {name: ranges_of(limits, tiles) for name, limits in limits_of_others(target, tiles).items()}
+    ranges = manifest_ranges(recorded_limits(target, tiles), limits_of_others(target, tiles), tiles)
     for entry in entries:
-        tile_m = entry["tile_m"]
-        entry["min_rows_per_expert"], entry["max_rows_per_expert"] = own[tile_m]
-        entry["device_ranges"] = [[name, *ranges[tile_m]] for name, ranges in others.items()]
+        entry |= ranges[entry["tile_m"]]
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
