@@ -141,8 +141,8 @@ def fatbin(library, folder):
     return code.read_bytes()
 
 
-# Those of the build of 2026-11-29 that ptxas did this to; the next build has to mend them, or measure what it costs.
-MANY_MOVES = {"fp4_block_scale_moe_nvfp4_m32_gemm2", "fp4_block_scale_moe_nvfp4_m64_gemm1"}
+# What ptxas did this to all the same; on an H200 this tile serves no load, on an H100 until its nvfp4 limits are measured.
+MANY_MOVES = {"fp4_block_scale_moe_nvfp4_m32_gemm2"}
 
 
 @pytest.mark.parametrize("weight_format", WeightFormat)

@@ -75,8 +75,8 @@ def test_manifest_has_the_recorded_limits(target):
             by_format.setdefault(entry.weight_format, {})[entry.tile_m] = entry.min_rows_per_expert
     tiles = json.loads(crossovers.path_of(target).read_text())["rows"][0]["us"]
     assert set(by_format) == {"mxfp4", "nvfp4"} and tiles
-    for limits in by_format.values():
-        assert limits == crossovers.recorded_limits(target, sorted(limits))
+    for weight_format, limits in by_format.items():
+        assert limits == crossovers.recorded_limits(target, sorted(limits), weight_format)
 
 
 def test_manifest_has_the_limits_of_other_gpus():
@@ -89,7 +89,7 @@ def test_manifest_has_the_limits_of_other_gpus():
                 if high != 0:
                     written.setdefault(name, {})[entry.tile_m] = low
         assert "NVIDIA H200" in written
-        assert written == crossovers.limits_of_others("sm90a", sorted(e.tile_m for e in mine))
+        assert written == crossovers.limits_of_others("sm90a", sorted(e.tile_m for e in mine), weight_format)
 
 
 @pytest.mark.parametrize("target", ["sm90a", "x86-64-v3"])
@@ -119,20 +119,35 @@ def test_tables_that_are_not_there_are_not_applied(monkeypatch, tmp_path, capsys
 def test_another_gpu_has_a_table_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "data_dir", lambda name: tmp_path)
     table = tmp_path / "sm90a" / "crossovers.json"
-    assert crossovers.path_of("sm90a", "NVIDIA H200") == table and crossovers.limits_of_others("sm90a", [8]) == {}
+    assert crossovers.path_of("sm90a", "NVIDIA H200") == table and crossovers.limits_of_others("sm90a", [8], "mxfp4") == {}
     for gpu, rows in (("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H200", 2)):
         crossovers.write("sm90a", gpu, [record(1, m8=1, m16=2), record(rows * 4, m8=2, m16=1)],
                          crossovers.path_of("sm90a", gpu))  # fmt: skip
     assert crossovers.path_of("sm90a", "NVIDIA H100 80GB HBM3") == table
     assert crossovers.path_of("sm90a", "NVIDIA H200") == table.with_name("crossovers_nvidia_h200.json")
-    assert crossovers.recorded_limits("sm90a", [8, 16]) == {8: 0, 16: 2}
-    assert crossovers.limits_of_others("sm90a", [8, 16]) == {"NVIDIA H200": {8: 0, 16: pytest.approx(8**0.5, abs=1e-3)}}
+    assert crossovers.recorded_limits("sm90a", [8, 16], "mxfp4") == {8: 0, 16: 2}
+    h200 = {"NVIDIA H200": {8: 0, 16: pytest.approx(8**0.5, abs=1e-3)}}
+    assert crossovers.limits_of_others("sm90a", [8, 16], "mxfp4") == h200
     one = [record(1, m8=1)]
     for device, rows in (("NVIDIA H200", one), ("NVIDIA H100 80GB HBM3", one), ("NVIDIA GH200", [])):
         other = table.with_name("crossovers_other.json")
         other.write_text(json.dumps(dict(device=device, rows=rows)))
         with pytest.raises(tvmmoe.ArgumentError, match=f"crossovers_other.json: got {len(rows)} rows of {device}, exp"):
-            crossovers.limits_of_others("sm90a", [8])
+            crossovers.limits_of_others("sm90a", [8], "mxfp4")
+
+
+def test_each_weight_format_has_limits_of_its_own(monkeypatch, tmp_path):
+    """As far as a table has any."""
+    monkeypatch.setattr(loader, "data_dir", lambda name: tmp_path)
+    rows = [record(1, m8=1, m16=2), record(4, m8=2, m16=1), record(16, m8=2, m16=1)]
+    path = tmp_path / "sm90a" / "crossovers.json"
+    crossovers.write("sm90a", "NVIDIA H200", rows, path)
+    for weight_format in ("mxfp4", "nvfp4"):
+        assert crossovers.recorded_limits("sm90a", [8, 16], weight_format) == {8: 0, 16: 2}
+    nvfp4 = [record(1, m8=1, m16=2), record(4, m8=1, m16=2), record(16, m8=2, m16=1)]
+    crossovers.write("sm90a", "NVIDIA H200", [r | dict(mode="bf16-nvfp4") for r in nvfp4], path)
+    assert crossovers.recorded_limits("sm90a", [8, 16], "mxfp4") == {8: 0, 16: 2}
+    assert crossovers.recorded_limits("sm90a", [8, 16], "nvfp4") == {8: 0, 16: 8}
 
 
 def test_measures_and_keeps_other_shapes(monkeypatch, tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_manifest_ranges_touch_and_end_in_a_catch_all():
     from tvmmoe.kernels.sm90a.build import variants
     for weight_format in WeightFormat:
         symbols = {variant.tile_m: variant.symbol for variant in variants(weight_format)}
-        limits = build.recorded_limits("sm90a", TILES)
+        limits = build.recorded_limits("sm90a", TILES, weight_format.name)
         rows = build.selection_rows("sm90a", weight_format, ["bf16"], limits, symbols, "file")
         assert tuple(row["tile_m"] for row in rows) == TILES
         limits = [(row["min_rows_per_expert"], row["max_rows_per_expert"]) for row in rows]

@@ -138,9 +138,10 @@ def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def cpu_entries() -> list[dict[str, Any]]:
     """Selection entries of both levels."""
-    limits, entries = recorded_limits(CPU_CROSSOVERS, cpu.TILE_M), []
+    entries = []
     for level in cpu.LEVELS:
         for weight_format in WeightFormat:
+            limits = recorded_limits(CPU_CROSSOVERS, cpu.TILE_M, weight_format.name)
             symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
             formats = [ActivationFormat.bf16.name, _QUANTIZED[weight_format].name]
             file = f"cpu/fp4_block_scale_moe_{level}.so"
@@ -197,7 +198,8 @@ def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[
         files[file] = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
         symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format)}
         formats = target.activation_formats(weight_format)
-        limits, others = limits_of(target, symbols), limits_of_others(target.name, list(symbols))
+        limits = limits_of(target, symbols, weight_format)
+        others = limits_of_others(target.name, list(symbols), weight_format.name)
         entries += selection_rows(target.name, weight_format, formats, limits, symbols, file, others)
     return files, entries
 
@@ -212,9 +214,10 @@ def fp8_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[s
     return {file: record}, [row | {"accumulation": "fp8"} for row in rows]
 
 
-def limits_of(target: CudaTarget, tiles: Iterable[int]) -> Mapping[int, float]:
+def limits_of(target: CudaTarget, tiles: Iterable[int], weight_format: WeightFormat) -> Mapping[int, float]:
     """Rows per expert from which each tile height serves: as measured, or else the target's own."""
-    return recorded_limits(target.name, list(tiles)) if path_of(target.name).is_file() else target.default_limits
+    is_measured = path_of(target.name).is_file()
+    return recorded_limits(target.name, list(tiles), weight_format.name) if is_measured else target.default_limits
 
 
 def write_manifest(folder: Path, files: dict[str, Any], entries: Iterable[dict[str, Any]]) -> None:

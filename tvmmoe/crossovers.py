@@ -84,13 +84,17 @@ def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict
     return dict(sorted(limits.items()))
 
 
-def recorded_limits(target: str, tiles: Sequence[int]) -> dict[int, float]:
-    """:func:`min_rows_per_expert` of the table that ships for ``target``, over all its shapes and modes: a limit of one
-    weight format alone would rest on too few shapes, and costs at most a few percent more."""
-    return min_rows_per_expert(json.loads(path_of(target).read_text())["rows"], tiles)
+def of_format(records: Sequence[Record], weight_format: str) -> Sequence[Record]:
+    """Those of a weight format, or all of a table that has none: better the other format's limits than none."""
+    return [r for r in records if r["mode"].endswith(weight_format)] or records
 
 
-def limits_of_others(target: str, tiles: Sequence[int]) -> dict[str, dict[int, float]]:
+def recorded_limits(target: str, tiles: Sequence[int], weight_format: str) -> dict[int, float]:
+    """:func:`min_rows_per_expert` of the table that ships for ``target``, over all shapes of a weight format."""
+    return min_rows_per_expert(of_format(json.loads(path_of(target).read_text())["rows"], weight_format), tiles)
+
+
+def limits_of_others(target: str, tiles: Sequence[int], weight_format: str) -> dict[str, dict[int, float]]:
     """The same by name of every GPU that has a table of its own.
 
     Raises
@@ -106,7 +110,7 @@ def limits_of_others(target: str, tiles: Sequence[int]) -> dict[str, dict[int, f
             got = f"{len(table['rows'])} rows of {table['device']}"
             raise ArgumentError(f"{path}: got {got}, expected at least one, and no second table of a GPU")
         seen.add(table["device"])
-        limits[table["device"]] = min_rows_per_expert(table["rows"], tiles)
+        limits[table["device"]] = min_rows_per_expert(of_format(table["rows"], weight_format), tiles)
     return limits
 
 
@@ -149,10 +153,13 @@ def apply(target: str, folder: Path) -> None:
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
     entries = [e for e in content["entries"] if e["target"] == target and e.get("accumulation") != "fp8"]
-    tiles = sorted({entry["tile_m"] for entry in entries})
-    ranges = manifest_ranges(recorded_limits(target, tiles), limits_of_others(target, tiles), tiles)
-    for entry in entries:
-        entry |= ranges[entry["tile_m"]]
+    for weight_format in {entry["weight_format"] for entry in entries}:
+        mine = [entry for entry in entries if entry["weight_format"] == weight_format]
+        tiles = sorted(entry["tile_m"] for entry in mine)
+        tables = (limits(target, tiles, weight_format) for limits in (recorded_limits, limits_of_others))
+        ranges = manifest_ranges(*tables, tiles)
+        for entry in mine:
+            entry |= ranges[entry["tile_m"]]
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -71,7 +71,7 @@ class Work(NamedTuple):
     token_maps: tuple
     k_steps: object
     scale_row_bytes: object
-    is_aligned: object  # scales of a row are copied in pieces of up to 16 bytes where rows allow it, else in words
+    is_aligned: object  # scales of a row are copied in pieces of up to 16 bytes where rows allow it, else in granules
     pitch_of_scales: object
 
 
@@ -165,7 +165,7 @@ class GroupedGemm(Multiply, Epilogue):
         scale_row_bytes = let(cast(row_bytes, "int32"))
         misaligned = (row_bytes | p.scales) & T.int64(self.piece - 1)
         is_aligned = let(cast(misaligned == 0, "int32")) != 0
-        pitch = let(T.Select(is_aligned, T.int32(c.stage_scale_bytes), T.int32(c.stage_scale_bytes + 4)))
+        pitch = let(T.Select(is_aligned, T.int32(c.stage_scale_bytes), T.int32(c.scale_pitch)))
         return Work(p, weight_map, token_maps, k_steps, scale_row_bytes, is_aligned, pitch)
 
     def _use(self, work: Work) -> None:
@@ -332,8 +332,8 @@ class GroupedGemm(Multiply, Epilogue):
                 k = (step * self.token_pieces + piece) * (128 // self.token_bytes)
                 self._load_box(token_map, piece * c.tile_m + row, [k, first + row])
 
-        if c.has_one_width:
-            load_rows(rank * box)
+        if c.has_one_width and c.cluster == 1:
+            load_rows(0)
             return
         num_boxes = x_bytes // (self.token_pieces * 128 * box)
         with for_((num_boxes + (c.cluster - 1 - rank)) // c.cluster) as turn:
@@ -371,11 +371,12 @@ class GroupedGemm(Multiply, Epilogue):
             slots = [let(row * self.pitch_of_scales) for row in rows]
             self._describe(tile, lane, rows, expert, offsets)
             starts = [expert + cast(offset, "int64") for offset in offsets]
-            emit = functools.partial(self._copy_scales_of_tile, rows, slots, starts)
+            copy = functools.partial(self._copy_scales_of_tile, rows, slots, starts)
             if self.held_stages == 1:
-                emit()
+                copy()
             else:
-                if_else(self.is_aligned, functools.partial(self._pass_scales_of_tile, rows, slots, starts), emit)
+                hold = functools.partial(self._pass_scales_of_tile, rows, slots, starts)
+                if_else(self.is_aligned, hold, lambda: copy(may_be_aligned=False))
             self.scheduler.advance()
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
@@ -384,57 +385,70 @@ class GroupedGemm(Multiply, Epilogue):
         Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
         """
 
-    def _copy_scales_of_tile(self, rows, slots, starts) -> None:
+    def _copy_scales_of_tile(self, rows, slots, starts, may_be_aligned: bool = True) -> None:
         with for_(self.k_steps) as step:
             cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-            self._copy_scales(step, rows, slots, starts)
+            self._copy_scales(step, rows, slots, starts, may_be_aligned)
             ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
             self._advance()
 
     def _pass_scales_of_tile(self, rows, slots, starts) -> None:
         """The same to the same places through registers: 16 bytes of a row are loaded at once, while stages are full. Rows
         are aligned, so such pieces, and with them stages, come out even."""
-        c, num_words = self.c, self.c.stage_scale_bytes // 4
+        num_words = self.c.stage_scale_bytes // 4
         held = [regs(4, "uint32") for _ in rows]
         with for_(self.k_steps // self.held_stages) as piece:
-            for row, start, words in zip(rows, starts, held, strict=True):
-                with if_(row < c.rows):
-                    load_vec4(address(start, cast(piece * 16, "int64")), into=words)
+            for row, start, words in self._of_tile(rows, starts, held):
+                load_vec4(address(start, cast(piece * 16, "int64")), into=words)
             for first in range(0, 4, num_words):
                 cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-                for row, slot, words in zip(rows, slots, held, strict=True):
-                    with if_(row < c.rows):
-                        place = self.ss.ptr_to([self.stage * self.s_stage + slot])
-                        isa.store_words(place, [words[first + i] for i in range(num_words)])
+                for _, slot, words in self._of_tile(rows, slots, held):
+                    place = self.ss.ptr_to([self.stage * self.s_stage + slot])
+                    isa.store_words(place, [words[first + i] for i in range(num_words)])
                 ptx.mbarrier.arrive.shared.b64(self.full.ptr_to([self.stage]), u32(1))
                 self._advance()
 
-    def _copy_scales(self, step, rows, slots, starts) -> None:
+    def _of_tile(self, rows, *others):
+        """A lane's rows, each with what else is known of it, inside of a branch where not every lane has that many."""
+        for i, of_row in enumerate(zip(rows, *others, strict=True)):
+            with contextlib.nullcontext() if SCALE_LANES * (i + 1) <= self.c.rows else if_(of_row[0] < self.c.rows):
+                yield of_row
+
+    def _copy_scales(self, step, rows, slots, starts, may_be_aligned: bool) -> None:
         """Rows' scales of a stage into their slots, from rows that begin there; zeros where they have ended."""
-        k_byte = let(step * self.c.stage_scale_bytes)
+        c, k_byte = self.c, let(step * self.c.stage_scale_bytes)
         left = let(self.scale_row_bytes - k_byte)
 
         def copy(one_row) -> None:
-            for row, slot, start in zip(rows, slots, starts, strict=True):
-                with if_(row < self.c.rows):
-                    one_row(self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"), left)
+            for _, slot, start in self._of_tile(rows, slots, starts):
+                one_row(self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"))
 
-        if_else(self.is_aligned, lambda: copy(self._copy_pieces), lambda: copy(self._copy_words))
+        def copy_granules() -> None:
+            whole, part = (functools.partial(self._copy_granules, left=x) for x in (None, left))
+            if c.scale_granule == 4:
+                copy(part)
+            else:  # most stages need no look at where rows end, which took more instructions than the copies
+                if_else(left >= c.scale_pitch, lambda: copy(whole), lambda: copy(part))
+
+        if may_be_aligned:
+            if_else(self.is_aligned, lambda: copy(functools.partial(self._copy_pieces, left=left)), copy_granules)
+        else:
+            copy_granules()
 
     def _copy_pieces(self, slot, source, left) -> None:
         for offset in range(0, self.c.stage_scale_bytes, self.piece):
             size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
             isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
 
-    def _copy_words(self, slot, source, left) -> None:
-        """Around bytes that start anywhere; consumers add the skew."""
+    def _copy_granules(self, slot, source, left) -> None:
+        """Around bytes that start anywhere, of which ``left`` are there (None: enough); consumers add the skew."""
+        granule = self.c.scale_granule
         start = let(source)
-        skew = let(cast(start & T.int64(3), "int32"))
-        aligned = let(start - cast(skew, "int64"))
-        end = let(left + skew)
-        for word in range(0, self.c.stage_scale_bytes + 4, 4):
-            size = let(T.max(T.min(end - word, T.int32(4)), T.int32(0)))
-            isa.copy_async(T.ptr_byte_offset(slot, word, "uint8"), address(aligned, word), 4, size)
+        aligned = let(start & T.int64(-granule))
+        end = None if left is None else let(left + cast(start & T.int64(granule - 1), "int32"))
+        for offset in range(0, self.c.scale_pitch, granule):
+            size = T.int32(granule) if end is None else let(T.max(T.min(end - offset, T.int32(granule)), T.int32(0)))
+            isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(aligned, offset), granule, size)
 
     # ---------------------------------------------------------------------------------------------------- consumers
 
@@ -464,8 +478,8 @@ class GroupedGemm(Multiply, Epilogue):
         # [mi][r]: fragment rows of this thread, the same in every tile
         first = let(self.p.first_row(self))
         self.rows = [[first + offset for offset in pair] for pair in self._row_offsets()]
-        # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 4 rows, so only the
-        # row's number modulo 4 matters; rows clamped into the tensor may read other bytes, their results are dropped.
+        # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 8 rows, so only the
+        # row's number modulo 8 matters; rows clamped into the tensor may read other bytes, their results are dropped.
         skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
         per_warpgroup = self.per_warpgroup * c.scale_bytes
         # Addresses in the first stage: of the first row's first words of this thread, and of each row's scales. ptxas would
@@ -477,6 +491,9 @@ class GroupedGemm(Multiply, Epilogue):
             self._kept(cuda.cvta_generic_to_shared(self.ss.ptr_to([row * self.pitch_of_scales + skew + scales])))
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
+        if c.multiplies_by_warp and self.per_warpgroup > 1:  # stages whose last K block of this warpgroup is not past the end
+            num_blocks = (cast(self.p.k, "int32") + (K_BLOCK - 1)) // K_BLOCK
+            self.full_steps = let((num_blocks + c.k_blocks - (self.k_sub + 1) * self.per_warpgroup) // c.k_blocks)
 
     def _multiply_tiles(self) -> None:
         c = self.c
@@ -491,8 +508,8 @@ class GroupedGemm(Multiply, Epilogue):
             self.scheduler.advance()
 
     def _skew(self, r: int):
-        start = self.p.scales + cast(self.p.row_modulo_4(self, r) * self.scale_row_bytes, "int64")
-        return cast(start & T.int64(3), "int32")
+        start = self.p.scales + cast(self.p.row_modulo_8(self, r) * self.scale_row_bytes, "int64")
+        return cast(start & T.int64(self.c.scale_granule - 1), "int32")
 
     @property
     def out_columns(self) -> int:

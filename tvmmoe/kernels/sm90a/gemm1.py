@@ -91,9 +91,9 @@ class Gemm1(Results):
         per_m = self.columns(c) // 16
         return (2, 16 * per_m) if self.is_gated else (4, 4 * per_m)
 
-    def row_modulo_4(self, gemm: GroupedGemm, r: int):
-        """Weight row of fragment row ``r``, modulo 4."""
-        return gemm.warp4 if self.is_gated else 2 * (gemm.warp4 % 2) + r
+    def row_modulo_8(self, gemm: GroupedGemm, r: int):
+        """Weight row of fragment row ``r``, modulo 8."""
+        return gemm.group % 2 * 4 + (gemm.warp4 if self.is_gated else 2 * (gemm.warp4 % 2) + r)
 
     def begin_tile(self, gemm: GroupedGemm, tile: Tile):
         """Per-expert factors and this thread's biases."""

@@ -62,8 +62,8 @@ class QuantizedGemm1(Gemm1):
     def row_steps(self, c: GemmConfig) -> tuple[int, int]:
         return 32, self.columns(c)
 
-    def row_modulo_4(self, gemm: GroupedGemm, r: int):
-        return gemm.group % 4
+    def row_modulo_8(self, gemm: GroupedGemm, r: int):
+        return gemm.group
 
     def store_chunk(self, is_inside, place, row, column) -> None:
         """Round two columns as part of their scale block, and store them in K order."""

@@ -52,8 +52,8 @@ class Gemm2(Results):
     def row_steps(self, c: GemmConfig) -> tuple[int, int]:
         return 64, 8
 
-    def row_modulo_4(self, gemm: GroupedGemm, r: int):
-        return gemm.group % 4
+    def row_modulo_8(self, gemm: GroupedGemm, r: int):
+        return gemm.group
 
     def begin_tile(self, gemm: GroupedGemm, tile: Tile):
         """The expert's factor and this thread's biases."""

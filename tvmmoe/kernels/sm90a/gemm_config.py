@@ -98,12 +98,28 @@ class GemmConfig:
         return self.k_blocks * self.scale_bytes
 
     @property
+    def scale_granule(self) -> int:
+        """Bytes of a copy of scales, and their alignment, where rows start anywhere.
+
+        By words three warps hardly keep up: with 8 bytes gpt-oss (rows of 90 or 180) is 3 % (mxfp4) and 7 % faster at 8
+        columns, nvfp4 19 % at 16. But mxfp4 is 5 % slower at 16, nvfp4 at 32 (not understood, schedules/notes.md), and beside
+        one K block a stage the longer pitch takes shared memory that results need.
+        """
+        is_slower = (self.weight_format, self.tile_m) in ((WeightFormat.mxfp4, 16), (WeightFormat.nvfp4, 32))
+        return 4 if is_slower or self.k_blocks == 1 else 8
+
+    @property
+    def scale_pitch(self) -> int:
+        """Bytes from a row's scales in a stage to the next one's where rows start anywhere; banks do not meet."""
+        return self.stage_scale_bytes + self.scale_granule
+
+    @property
     def held_scale_stages(self) -> int:
         """Stages whose scales pass through registers together in gemm1, where rows and base are of whole 16 bytes (1:
         cp.async copies each stage's).
 
         A row of a copy is another line of L2 and another write to shared memory, of 4 bytes as of 16: 2.5 % of gemm1 at 64
-        and 96 columns, nothing at 256. Rows of 4 or 8 bytes' alignment are copied in words then: no shape of shapes.json.
+        and 96 columns, nothing at 256. Rows of 4 or 8 bytes' alignment are copied in granules then: no shape of shapes.json.
         """
         return max(1, 16 // self.stage_scale_bytes) if 64 <= self.tile_m < 128 else 1
 
@@ -163,7 +179,7 @@ def shared_memory(c: GemmConfig, matrices: int, token_bytes: int = 2, reserved: 
     ``token_bytes`` an element of the operand; ``reserved`` bytes are for other things.
     """
     x_block, w_block = c.tile_m * K_BLOCK * token_bytes, c.rows * K_BLOCK // 2
-    s_stage = c.rows * (c.stage_scale_bytes + 4)
+    s_stage = c.rows * c.scale_pitch
     pitch = c.mi * 32 * matrices * 2 + 16
     partial_words = c.mi * (c.tile_m // 2) * 128 if c.ks > 1 else 0
     free = SMEM_BYTES - BARRIER_BYTES - reserved - c.partial_buffers * partial_words * 4
