@@ -85,13 +85,13 @@ def test_fp8_entry_takes_calls_before_the_exact_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize("weight_format", WeightFormat)
 def test_limits_are_the_targets_own_until_they_are_measured(weight_format, tmp_path, monkeypatch):
     tiles = [variant.tile_m for variant in build.shipped_variants(SM120A, weight_format)]
-    assert build.limits_of(SM120A, tiles) == SM120A.default_limits and list(SM120A.default_limits) == tiles
+    assert build.limits_of(SM120A, tiles, weight_format) == SM120A.default_limits and list(SM120A.default_limits) == tiles
     path = tmp_path / "crossovers.json"
-    rows = [dict(shape="a", rows_per_expert=r, us={"8": 10.0 * r, "32": 20.0}) for r in (1, 4)]
+    rows = [dict(shape="a", mode="bf16-mxfp4", rows_per_expert=r, us={"8": 10.0 * r, "32": 20.0}) for r in (1, 4)]
     path.write_text(json.dumps(dict(rows=rows)))
     monkeypatch.setattr("tvmmoe.crossovers.path_of", lambda target: path)
     monkeypatch.setattr(build, "path_of", lambda target: path)
-    assert build.limits_of(SM120A, [8, 32]) == {8: 0.0, 32: 2.0}
+    assert build.limits_of(SM120A, [8, 32], weight_format) == {8: 0.0, 32: 2.0}
 
 
 def test_activation_formats_of_a_target():

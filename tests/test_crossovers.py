@@ -145,6 +145,9 @@ def test_each_weight_format_has_limits_of_its_own(monkeypatch, tmp_path):
     for weight_format in ("mxfp4", "nvfp4"):
         assert crossovers.recorded_limits("sm90a", [8, 16], weight_format) == {8: 0, 16: 2}
     nvfp4 = [record(1, m8=1, m16=2), record(4, m8=1, m16=2), record(16, m8=2, m16=1)]
+    few = [nvfp4[0] | dict(mode="bf16-nvfp4")]  # by which 8 would serve every load
+    crossovers.write("sm90a", "NVIDIA H200", few, path)
+    assert crossovers.recorded_limits("sm90a", [8, 16], "nvfp4") == {8: 0, 16: 2}
     crossovers.write("sm90a", "NVIDIA H200", [r | dict(mode="bf16-nvfp4") for r in nvfp4], path)
     assert crossovers.recorded_limits("sm90a", [8, 16], "mxfp4") == {8: 0, 16: 2}
     assert crossovers.recorded_limits("sm90a", [8, 16], "nvfp4") == {8: 0, 16: 8}

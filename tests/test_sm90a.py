@@ -52,6 +52,7 @@ CASES = {
     "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),
     "identity": dict(activation=ActivationType.Identity, intermediate_size=224),
+    "ungated_odd_scale_rows": dict(activation=ActivationType.Relu2, hidden_size=1056, num_experts=4),
     "experts_5_to_11": dict(local_expert_offset=5, local_num_experts=7),
     "one_expert": dict(num_tokens=300, routing="one_expert"),
     "empty_expert": dict(routing="empty_expert"),
@@ -253,7 +254,7 @@ SIMULATED = {
 SIMULATED_CASES = {
     "plain": {},
     "odd_row_blocks": dict(hidden_size=352, intermediate_size=96, activation=ActivationType.Geglu, has_gemm1_bias=True),
-    "ungated": dict(activation=ActivationType.Relu2, intermediate_size=288, has_gemm2_bias=True),
+    "ungated": dict(activation=ActivationType.Relu2, hidden_size=1056, intermediate_size=288, has_gemm2_bias=True),
     "many_stages": dict(num_tokens=150, hidden_size=1024),
     # Of 8 rows: more than experts, whose counts and lists of tiles are neighbours in the workspace
     "many_tiles": dict(num_tokens=130, hidden_size=64, intermediate_size=64, num_experts=6, top_k=3),

@@ -85,8 +85,10 @@ def min_rows_per_expert(records: Iterable[Record], tiles: Sequence[int]) -> dict
 
 
 def of_format(records: Sequence[Record], weight_format: str) -> Sequence[Record]:
-    """Those of a weight format, or all of a table that has none: better the other format's limits than none."""
-    return [r for r in records if r["mode"].endswith(weight_format)] or records
+    """Those of a weight format, or all where they end before the others do: tall tiles would be best nowhere."""
+    mine = [r for r in records if r["mode"].endswith(weight_format)]
+    most = max((r["rows_per_expert"] for r in records), default=0)
+    return mine if any(r["rows_per_expert"] == most for r in mine) else records
 
 
 def recorded_limits(target: str, tiles: Sequence[int], weight_format: str) -> dict[int, float]:
@@ -156,8 +158,8 @@ def apply(target: str, folder: Path) -> None:
     for weight_format in {entry["weight_format"] for entry in entries}:
         mine = [entry for entry in entries if entry["weight_format"] == weight_format]
         tiles = sorted(entry["tile_m"] for entry in mine)
-        tables = (limits(target, tiles, weight_format) for limits in (recorded_limits, limits_of_others))
-        ranges = manifest_ranges(*tables, tiles)
+        own, others = (f(target, tiles, weight_format) for f in (recorded_limits, limits_of_others))
+        ranges = manifest_ranges(own, others, tiles)
         for entry in mine:
             entry |= ranges[entry["tile_m"]]
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -91,6 +91,7 @@ class GroupedGemm(Multiply, Epilogue):
         self.out_bytes = self.chunk_m * c.warpgroups * self.pitch
         self.acc_count = c.tile_m // 2
         assert self.stages >= 2, c
+        assert c.stage_scale_bytes % c.scale_granule == 0, c  # a row's skew is the same in every stage
         # _token_bytes, _token_map and _multiply each choose a tile's width, and pieces start at whole atoms of the swizzle.
         assert c.widths == tuple(range(c.widths[0], c.tile_m + 1, c.width_step)), c
         assert c.widths[0] % c.width_step == c.width_step % 8 == 0, c
@@ -424,7 +425,8 @@ class GroupedGemm(Multiply, Epilogue):
                 one_row(self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"))
 
         def copy_granules() -> None:
-            whole, part = (functools.partial(self._copy_granules, left=x) for x in (None, left))
+            whole = functools.partial(self._copy_granules, left=None)
+            part = functools.partial(self._copy_granules, left=left)
             if c.scale_granule == 4:
                 copy(part)
             else:  # most stages need no look at where rows end, which took more instructions than the copies

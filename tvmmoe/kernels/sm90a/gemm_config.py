@@ -102,15 +102,15 @@ class GemmConfig:
         """Bytes of a copy of scales, and their alignment, where rows start anywhere.
 
         By words three warps hardly keep up: with 8 bytes gpt-oss (rows of 90 or 180) is 3 % (mxfp4) and 7 % faster at 8
-        columns, nvfp4 19 % at 16. But mxfp4 is 5 % slower at 16, nvfp4 at 32 (not understood, schedules/notes.md), and beside
-        one K block a stage the longer pitch takes shared memory that results need.
+        columns, nvfp4 19 % at 16. But nvfp4 is 5 % slower at 32, mxfp4 no faster at 16 (schedules/notes.md), and the longer
+        pitch takes shared memory: a stage of gemm2's at 8 columns, and beside one K block a stage room of results.
         """
-        is_slower = (self.weight_format, self.tile_m) in ((WeightFormat.mxfp4, 16), (WeightFormat.nvfp4, 32))
-        return 4 if is_slower or self.k_blocks == 1 else 8
+        no_gain = (self.weight_format, self.tile_m) in ((WeightFormat.mxfp4, 16), (WeightFormat.nvfp4, 32))
+        return 4 if no_gain or self.k_blocks == 1 else 8
 
     @property
     def scale_pitch(self) -> int:
-        """Bytes from a row's scales in a stage to the next one's where rows start anywhere; banks do not meet."""
+        """Bytes from a row's scales in a stage to the next one's where rows start anywhere."""
         return self.stage_scale_bytes + self.scale_granule
 
     @property
