@@ -141,7 +141,8 @@ def fatbin(library, folder):
     return code.read_bytes()
 
 
-# What ptxas did this to all the same. It serves no load on an H200, on an H100 13.9 to 19.6 rows until nvfp4 is measured there.
+# What ptxas did this to all the same. It serves no load on an H200; on an H100 13.9 to 19.6 rows, until nvfp4 is measured
+# there.
 MANY_MOVES = {"fp4_block_scale_moe_nvfp4_m32_gemm2"}
 
 

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -164,43 +164,58 @@ def build_host(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {relaunch.FILE: file_record(path, "host", digest, _version_of("g++", 0), "measured")}, []
 
 
-def shipped_variants(target: CudaTarget, weight_format: WeightFormat) -> list[Any]:
-    """What ``target.build`` compiles: what the tuning records choose, by hand where there are none."""
-    by_hand = target.build.variants(weight_format)
-    if importlib.util.find_spec(f"tvmmoe.tuning.{target.name}") is None:
-        return by_hand
-    choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name)
-    return [type(by_hand[0])(**configs) for configs in choices.values()]
+def shipped_variants(target: CudaTarget, weight_format: WeightFormat, tiles: Sequence[int] = ()) -> list[Any]:
+    """What ``target.build`` compiles, or some ``tiles`` of it: by the tuning records, or by hand where there are none."""
+    variants = target.build.variants(weight_format)
+    if importlib.util.find_spec(f"tvmmoe.tuning.{target.name}") is not None:
+        choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name)
+        variants = [type(variants[0])(**configs) for configs in choices.values()]
+    return [variant for variant in variants if not tiles or variant.tile_m in tiles]
 
 
 @functools.cache  # tracing takes half a minute
-def cuda_source(target: CudaTarget, weight_format: WeightFormat) -> str:
+def cuda_source(target: CudaTarget, weight_format: WeightFormat, tiles: tuple[int, ...] = ()) -> str:
     """CUDA C++ of one artifact file."""
-    return target.build.cuda_source(shipped_variants(target, weight_format))
+    return target.build.cuda_source(shipped_variants(target, weight_format, tiles))
 
 
-def build_cuda(target: CudaTarget, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Compile every file of a target into ``folder/<name>``: file records and selection entries."""
-    for weight_format in WeightFormat:
+def build_cuda(
+    target: CudaTarget, folder: Path, tiles: tuple[int, ...] = (), formats: Sequence[WeightFormat] = tuple(WeightFormat)
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compile every file of a target into ``folder/<name>``: file records and selection entries.
+
+    With ``tiles`` or some ``formats`` these alone, without fp8 accumulation: what a comparison needs, in half a minute.
+    """
+    for weight_format in formats:
         path = folder / target.name / target.build.file_name(weight_format)
-        target.build.compile_so(cuda_source(target, weight_format), path, *target.gencodes)
-    if target.has_fp8:
+        target.build.compile_so(cuda_source(target, weight_format, tiles), path, *target.gencodes)
+    if _takes_fp8(target, tiles, formats):
         target.build.compile_so(target.build.fp8_source(), folder / target.name / target.build.FP8_FILE, *target.gencodes)
-    return cuda_records(target, folder, "compiled")
+    return cuda_records(target, folder, "compiled", tiles, formats)
 
 
-def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _takes_fp8(target: CudaTarget, tiles: Sequence[int], formats: Sequence[WeightFormat]) -> bool:
+    return target.has_fp8 and not tiles and len(formats) == len(WeightFormat)
+
+
+def cuda_records(
+    target: CudaTarget,
+    folder: Path,
+    verified: str,
+    tiles: tuple[int, ...] = (),
+    formats: Sequence[WeightFormat] = tuple(WeightFormat),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """File records and selection entries of what lies in ``folder/<name>``; the TIR hash is that of the CUDA source."""
-    files, entries = fp8_records(target, folder, verified) if target.has_fp8 else ({}, [])
-    for weight_format in WeightFormat:
+    files, entries = fp8_records(target, folder, verified) if _takes_fp8(target, tiles, formats) else ({}, [])
+    for weight_format in formats:
         file = f"{target.name}/{target.build.file_name(weight_format)}"
-        digest = hashlib.sha256(cuda_source(target, weight_format).encode()).hexdigest()
+        digest = hashlib.sha256(cuda_source(target, weight_format, tiles).encode()).hexdigest()
         files[file] = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
-        symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format)}
-        formats = target.activation_formats(weight_format)
+        symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format, tiles)}
+        activations = target.activation_formats(weight_format)
         limits = limits_of(target, symbols, weight_format)
         others = limits_of_others(target.name, list(symbols), weight_format.name)
-        entries += selection_rows(target.name, weight_format, formats, limits, symbols, file, others)
+        entries += selection_rows(target.name, weight_format, activations, limits, symbols, file, others)
     return files, entries
 
 
@@ -249,19 +264,47 @@ def mark_verified(folder: Path, target: str, verified: str) -> dict[str, Any]:
     return files
 
 
+def _tiles_of(text: str) -> tuple[int, ...]:
+    """Type of an option."""
+    return tuple(map(int, text.split(",")))
+
+
+def _formats_of(text: str) -> tuple[WeightFormat, ...]:
+    """Type of an option."""
+    try:
+        return tuple(WeightFormat[name] for name in text.split(","))
+    except KeyError:
+        known = ", ".join(form.name for form in WeightFormat)
+        raise argparse.ArgumentTypeError(f"got {text}, expected some of {known}") from None
+
+
+def _check_tiles(parser: argparse.ArgumentParser, target: CudaTarget, tiles: tuple[int, ...]) -> None:
+    known = [variant.tile_m for variant in target.build.variants(WeightFormat.mxfp4)]
+    if any(tile_m not in known for tile_m in tiles):
+        parser.error(f"--tiles: got {','.join(map(str, tiles))}, expected some of {','.join(map(str, known))}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.build", description=__doc__)
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--out", type=Path, default=loader.artifacts_dir(), help="folder of manifest.json and the files")
     parser.add_argument("--verified", choices=VERIFIED, help="compile nothing: note how the files there were verified")
+    parser.add_argument("--tiles", type=_tiles_of, default=(), help="of a CUDA target, several with commas; with --out")
+    parser.add_argument("--weights", type=_formats_of, default=tuple(WeightFormat), help="formats; the same")
     options = parser.parse_args(argv)
+    if options.tiles or options.weights != tuple(WeightFormat):
+        if options.target not in CUDA_TARGETS or options.verified or options.out == loader.artifacts_dir():
+            parser.error("--tiles, --weights: got a part of a target, expected a CUDA target and another folder by --out")
+        _check_tiles(parser, CUDA_TARGETS[options.target], options.tiles)
     if options.verified:
         files = mark_verified(options.out, options.target, options.verified)
     else:
         makers = {"cpu": build_cpu, "host": build_host}
-        make = makers.get(options.target) or functools.partial(build_cuda, CUDA_TARGETS[options.target])
-        files, entries = make(options.out)
+        if options.target in makers:
+            files, entries = makers[options.target](options.out)
+        else:
+            files, entries = build_cuda(CUDA_TARGETS[options.target], options.out, options.tiles, options.weights)
         write_manifest(options.out, files, entries)
     for name, record in files.items():
         size, digest = f"{record['bytes'] / 2**20:.1f} MiB", record["tir_sha256"][:12]

@@ -165,8 +165,8 @@ def summary(run: Run, target: ModuleType, seconds: float) -> str:
     if run.best is None:
         return f"{head}{seconds:.1f} s; {run.errors[0][1] if run.errors else 'nothing to measure'}"
     config, us = run.best
-    hand = run.us.get(key_of(target.default(run.task)))
-    against = f", hand-chosen {hand:.1f} us" if hand else ""
+    by_hand = [run.us[key] for key in map(key_of, target.seeds(run.task)) if key in run.us]
+    against = f", hand-chosen {min(by_hand):.1f} us" if by_hand else ""
     return f"{head}{seconds:.1f} s; best {us:.1f} us ({report.text_of(config)}){against}"
 
 
