@@ -49,7 +49,7 @@ def test_rebuilt_target_replaces_its_own_records(folder, monkeypatch):
         path.write_bytes(b"built")
 
     monkeypatch.setattr(SM120A.build, "compile_so", compile_so)
-    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format, tiles: "source")
+    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format: "source")
     before = loader.manifest(folder)
     build.main(["--target", "sm120a", "--out", str(folder)])
     loader.manifest.cache_clear()
@@ -71,7 +71,7 @@ def test_fp8_entry_takes_calls_before_the_exact_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sm90a.build, "compile_so", compile_so)
     monkeypatch.setattr(sm90a.build, "fp8_source", lambda: "fp8")
-    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format, tiles: weight_format.name)
+    monkeypatch.setattr(build, "cuda_source", lambda target, weight_format: weight_format.name)
     files, entries = build.build_cuda(sm90a, tmp_path)
     names = ["moe_mxfp4_mxfp8_sm90a.so", "moe_mxfp4_sm90a.so", "moe_nvfp4_sm90a.so"]
     assert list(files) == [f"sm90a/{name}" for name in names]
@@ -93,7 +93,6 @@ def test_a_part_of_a_target_is_built_into_another_folder(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(sm90a.build, "compile_so", compile_so)
     monkeypatch.setattr(sm90a.build, "cuda_source", lambda variants: " ".join(variant.symbol for variant in variants))
-    monkeypatch.setattr(build, "cuda_source", build.cuda_source.__wrapped__)
     options = ["--target", "sm90a", "--tiles", "16,64", "--weights", "nvfp4"]
     build.main([*options, "--out", str(tmp_path)])
     assert compiled == ["moe_nvfp4_sm90a.so"]
@@ -105,7 +104,8 @@ def test_a_part_of_a_target_is_built_into_another_folder(tmp_path, monkeypatch, 
     for wrong, message in (
         (options, "got a part of a target, expected a CUDA target and another folder by --out"),
         (["--target", "cpu", "--weights", "nvfp4", "--out", str(tmp_path)], "got a part of a target"),
-        ([*options, "--tiles", "24", "--out", str(tmp_path)], "--tiles: got 24, expected some of 8,16,32,64,96,256"),
+        ([*options, "--tiles", "24", "--out", str(tmp_path)], "--tiles: got 24, expected some of 8, 16, 32, 64, 96, 256"),
+        ([*options, "--tiles", "tall", "--out", str(tmp_path)], "--tiles: got tall, expected some of 8, 16, 32, 64, 96, 256"),
         ([*options, "--weights", "fp4", "--out", str(tmp_path)], "--weights: got fp4, expected some of mxfp4, nvfp4"),
     ):
         with pytest.raises(SystemExit):

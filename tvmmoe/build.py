@@ -8,8 +8,8 @@ import importlib
 import importlib.util
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from tvmmoe import loader, relaunch
 from tvmmoe.abi import ARTIFACT_ABI
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.crossovers import limits_of_others, manifest_ranges, path_of, recorded_limits
+from tvmmoe.errors import ArgumentError
 from tvmmoe.kernels import cpu
 from tvmmoe.kernels.cpu_operator import entry_symbol
 from tvmmoe.select import VERIFIED
@@ -43,6 +44,8 @@ class CudaTarget:
     # Tile height -> rows per expert from which it serves, where schedules/<name>/crossovers.json has not been measured.
     default_limits: Mapping[int, float] = field(default_factory=dict)
     has_fp8: bool = False  # one more file, for mxfp8 x mxfp4: build has FP8_FILE, fp8_source and operator_fp8
+    tiles: tuple[int, ...] = ()  # the heights that are built, all of them if none is named
+    formats: tuple[WeightFormat, ...] = tuple(WeightFormat)
 
     @property
     def build(self) -> ModuleType:
@@ -138,14 +141,13 @@ def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def cpu_entries() -> list[dict[str, Any]]:
     """Selection entries of both levels."""
-    entries = []
+    entries, limits = [], {form: recorded_limits(CPU_CROSSOVERS, cpu.TILE_M, form.name) for form in WeightFormat}
     for level in cpu.LEVELS:
         for weight_format in WeightFormat:
-            limits = recorded_limits(CPU_CROSSOVERS, cpu.TILE_M, weight_format.name)
             symbols = {tile_m: entry_symbol(weight_format, tile_m) for tile_m in cpu.TILE_M}
             formats = [ActivationFormat.bf16.name, _QUANTIZED[weight_format].name]
             file = f"cpu/fp4_block_scale_moe_{level}.so"
-            entries += selection_rows(level, weight_format, formats, limits, symbols, file)
+            entries += selection_rows(level, weight_format, formats, limits[weight_format], symbols, file)
     return entries
 
 
@@ -164,58 +166,43 @@ def build_host(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {relaunch.FILE: file_record(path, "host", digest, _version_of("g++", 0), "measured")}, []
 
 
-def shipped_variants(target: CudaTarget, weight_format: WeightFormat, tiles: Sequence[int] = ()) -> list[Any]:
-    """What ``target.build`` compiles, or some ``tiles`` of it: by the tuning records, or by hand where there are none."""
+def shipped_variants(target: CudaTarget, weight_format: WeightFormat) -> list[Any]:
+    """What ``target.build`` compiles: what the tuning records choose, by hand where there are none."""
     variants = target.build.variants(weight_format)
     if importlib.util.find_spec(f"tvmmoe.tuning.{target.name}") is not None:
         choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name)
         variants = [type(variants[0])(**configs) for configs in choices.values()]
-    return [variant for variant in variants if not tiles or variant.tile_m in tiles]
+    return [variant for variant in variants if not target.tiles or variant.tile_m in target.tiles]
 
 
 @functools.cache  # tracing takes half a minute
-def cuda_source(target: CudaTarget, weight_format: WeightFormat, tiles: tuple[int, ...] = ()) -> str:
+def cuda_source(target: CudaTarget, weight_format: WeightFormat) -> str:
     """CUDA C++ of one artifact file."""
-    return target.build.cuda_source(shipped_variants(target, weight_format, tiles))
+    return target.build.cuda_source(shipped_variants(target, weight_format))
 
 
-def build_cuda(
-    target: CudaTarget, folder: Path, tiles: tuple[int, ...] = (), formats: Sequence[WeightFormat] = tuple(WeightFormat)
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Compile every file of a target into ``folder/<name>``: file records and selection entries.
-
-    With ``tiles`` or some ``formats`` these alone, without fp8 accumulation: what a comparison needs, in half a minute.
-    """
-    for weight_format in formats:
+def build_cuda(target: CudaTarget, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compile every file of a target into ``folder/<name>``: file records and selection entries."""
+    for weight_format in target.formats:
         path = folder / target.name / target.build.file_name(weight_format)
-        target.build.compile_so(cuda_source(target, weight_format, tiles), path, *target.gencodes)
-    if _takes_fp8(target, tiles, formats):
+        target.build.compile_so(cuda_source(target, weight_format), path, *target.gencodes)
+    if target.has_fp8:
         target.build.compile_so(target.build.fp8_source(), folder / target.name / target.build.FP8_FILE, *target.gencodes)
-    return cuda_records(target, folder, "compiled", tiles, formats)
+    return cuda_records(target, folder, "compiled")
 
 
-def _takes_fp8(target: CudaTarget, tiles: Sequence[int], formats: Sequence[WeightFormat]) -> bool:
-    return target.has_fp8 and not tiles and len(formats) == len(WeightFormat)
-
-
-def cuda_records(
-    target: CudaTarget,
-    folder: Path,
-    verified: str,
-    tiles: tuple[int, ...] = (),
-    formats: Sequence[WeightFormat] = tuple(WeightFormat),
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def cuda_records(target: CudaTarget, folder: Path, verified: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """File records and selection entries of what lies in ``folder/<name>``; the TIR hash is that of the CUDA source."""
-    files, entries = fp8_records(target, folder, verified) if _takes_fp8(target, tiles, formats) else ({}, [])
-    for weight_format in formats:
+    files, entries = fp8_records(target, folder, verified) if target.has_fp8 else ({}, [])
+    for weight_format in target.formats:
         file = f"{target.name}/{target.build.file_name(weight_format)}"
-        digest = hashlib.sha256(cuda_source(target, weight_format, tiles).encode()).hexdigest()
+        digest = hashlib.sha256(cuda_source(target, weight_format).encode()).hexdigest()
         files[file] = file_record(folder / file, target.name, digest, _version_of("nvcc", -2), verified)
-        symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format, tiles)}
-        activations = target.activation_formats(weight_format)
+        symbols = {variant.tile_m: variant.symbol for variant in shipped_variants(target, weight_format)}
+        formats = target.activation_formats(weight_format)
         limits = limits_of(target, symbols, weight_format)
         others = limits_of_others(target.name, list(symbols), weight_format.name)
-        entries += selection_rows(target.name, weight_format, activations, limits, symbols, file, others)
+        entries += selection_rows(target.name, weight_format, formats, limits, symbols, file, others)
     return files, entries
 
 
@@ -264,24 +251,28 @@ def mark_verified(folder: Path, target: str, verified: str) -> dict[str, Any]:
     return files
 
 
-def _tiles_of(text: str) -> tuple[int, ...]:
-    """Type of an option."""
-    return tuple(map(int, text.split(",")))
+def part_of(target: CudaTarget, tiles: str | None, formats: str | None) -> CudaTarget:
+    """Some tile heights and weight formats of a target, without fp8 accumulation: what a comparison needs, in half a minute.
 
+    Raises
+    ------
+    ArgumentError
+        The target has no such.
+    """
+    known_tiles = {str(variant.tile_m): variant.tile_m for variant in target.build.variants(WeightFormat.mxfp4)}
 
-def _formats_of(text: str) -> tuple[WeightFormat, ...]:
-    """Type of an option."""
-    try:
-        return tuple(WeightFormat[name] for name in text.split(","))
-    except KeyError:
-        known = ", ".join(form.name for form in WeightFormat)
-        raise argparse.ArgumentTypeError(f"got {text}, expected some of {known}") from None
+    def chosen(option: str, text: str, known: Mapping[str, Any]) -> tuple[Any, ...]:
+        names = text.split(",")
+        if any(name not in known for name in names):
+            raise ArgumentError(f"{option}: got {text}, expected some of {', '.join(known)}")
+        return tuple(known[name] for name in names)
 
-
-def _check_tiles(parser: argparse.ArgumentParser, target: CudaTarget, tiles: tuple[int, ...]) -> None:
-    known = [variant.tile_m for variant in target.build.variants(WeightFormat.mxfp4)]
-    if any(tile_m not in known for tile_m in tiles):
-        parser.error(f"--tiles: got {','.join(map(str, tiles))}, expected some of {','.join(map(str, known))}")
+    return replace(
+        target,
+        has_fp8=False,
+        tiles=chosen("--tiles", tiles, known_tiles) if tiles else target.tiles,
+        formats=chosen("--weights", formats, WeightFormat.__members__) if formats else target.formats,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -290,21 +281,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--out", type=Path, default=loader.artifacts_dir(), help="folder of manifest.json and the files")
     parser.add_argument("--verified", choices=VERIFIED, help="compile nothing: note how the files there were verified")
-    parser.add_argument("--tiles", type=_tiles_of, default=(), help="of a CUDA target, several with commas; with --out")
-    parser.add_argument("--weights", type=_formats_of, default=tuple(WeightFormat), help="formats; the same")
+    parser.add_argument("--tiles", help="of a CUDA target, several with commas; with --out")
+    parser.add_argument("--weights", help="formats; the same")
     options = parser.parse_args(argv)
-    if options.tiles or options.weights != tuple(WeightFormat):
-        if options.target not in CUDA_TARGETS or options.verified or options.out == loader.artifacts_dir():
+    cuda_target = CUDA_TARGETS.get(options.target)
+    if options.tiles or options.weights:
+        if cuda_target is None or options.verified or options.out == loader.artifacts_dir():
             parser.error("--tiles, --weights: got a part of a target, expected a CUDA target and another folder by --out")
-        _check_tiles(parser, CUDA_TARGETS[options.target], options.tiles)
+        try:
+            cuda_target = part_of(cuda_target, options.tiles, options.weights)
+        except ArgumentError as error:
+            parser.error(str(error))
     if options.verified:
         files = mark_verified(options.out, options.target, options.verified)
     else:
         makers = {"cpu": build_cpu, "host": build_host}
-        if options.target in makers:
-            files, entries = makers[options.target](options.out)
-        else:
-            files, entries = build_cuda(CUDA_TARGETS[options.target], options.out, options.tiles, options.weights)
+        make = makers.get(options.target) or functools.partial(build_cuda, cuda_target)
+        files, entries = make(options.out)
         write_manifest(options.out, files, entries)
     for name, record in files.items():
         size, digest = f"{record['bytes'] / 2**20:.1f} MiB", record["tir_sha256"][:12]

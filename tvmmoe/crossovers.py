@@ -158,8 +158,8 @@ def apply(target: str, folder: Path) -> None:
     for weight_format in {entry["weight_format"] for entry in entries}:
         mine = [entry for entry in entries if entry["weight_format"] == weight_format]
         tiles = sorted(entry["tile_m"] for entry in mine)
-        own, others = (f(target, tiles, weight_format) for f in (recorded_limits, limits_of_others))
-        ranges = manifest_ranges(own, others, tiles)
+        limits = recorded_limits(target, tiles, weight_format)
+        ranges = manifest_ranges(limits, limits_of_others(target, tiles, weight_format), tiles)
         for entry in mine:
             entry |= ranges[entry["tile_m"]]
     path.write_text(json.dumps(content, indent=1) + "\n")
