@@ -169,6 +169,40 @@ def test_hoppers_tma_warp_keeps_its_state_in_uniform_registers(weight_format):
     assert checked >= 10
 
 
+def uniform_moves_of_loads(sass: str) -> list[str]:
+    """Instructions that move what the one before them that wrote the register had loaded into a uniform register."""
+    writers, moves = {}, []
+    for text in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(\S.*?)\s*;", sass):
+        opcode, _, operands = text.partition(" ")
+        if opcode == "R2UR" and writers.get(operands.split(", ")[-1], "").startswith("LDG"):
+            moves.append(text)
+        if target := re.match(r"\s*(R\d+)\b", operands):
+            writers[target[1]] = opcode
+    return moves
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_hoppers_consumers_do_not_wait_for_what_their_epilogue_needs(weight_format):
+    """What they load in front of the main loop arrives under it, unless ptxas takes it for uniform: each tile of gpt-oss
+    then waited for a clamp limit (7 % of a GEMM at 16 columns)."""
+    pytest.importorskip("tvm")
+    from tvmmoe import build
+    from tvmmoe.kernels import nvcc
+
+    load, move = ("        /*0010*/   @P0 LDG.E R25, desc[UR38][R24.64] ;\n", "        /*0020*/   @P0 R2UR UR16, R25 ;\n")
+    assert len(uniform_moves_of_loads(load + move)) == 1
+    assert not uniform_moves_of_loads(load + "        /*0018*/   IADD3 R25, R24, 0x1, RZ ;\n" + move)
+    target = build.CUDA_TARGETS["sm90a"]
+    kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
+    early = {v.symbol for v in build.shipped_variants(target, weight_format) if v.tile_m <= 64}
+    checked = 0
+    for name, sass in kernels.items():
+        if any(name.startswith(f"{symbol}_gemm") for symbol in early):
+            assert not uniform_moves_of_loads(sass.split("USETMAXREG.TRY_ALLOC")[1]), name
+            checked += 1
+    assert checked >= 15
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_same_decisions_give_the_same_cubin(tmp_path):
     """Of one small kernel: two runs of nvcc, ten seconds."""

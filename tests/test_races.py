@@ -22,22 +22,23 @@ from tvmmoe.kernels.sm90a.operator import hand_chosen  # noqa: E402
 from tvmmoe.kernels.sm90a.trace import cuda  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
-# (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5, or 12 where scales are held) and
-# gemm2 (5 or 9) are no multiple of a stage's, where a stage has several and holds no scales.
+# (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5, or 12 where rows of scales are
+# aligned) and gemm2 (5 or 9) are no multiple of a stage's, where a stage has several and rows are not aligned.
 KERNELS = {
     "m8": (MX, 8, 24, 1056), "m8_nvfp4": (NV, 8, 24, 1056), "m8_short": (MX, 8, 40, 544),
     "m8_short_nvfp4": (NV, 8, 24, 544), "m16": (NV, 16, 30, 1056),
     "m16_short": (MX, 16, 40, 544), "m32": (MX, 32, 60, 544), "m64": (MX, 64, 100, 544), "m96": (NV, 96, 150, 544),
-    "m64_held": (MX, 64, 100, 544), "m96_held": (MX, 96, 150, 544),
+    "m64_aligned": (MX, 64, 100, 544), "m96_aligned": (MX, 96, 150, 544),
+    "m8_nvfp4_aligned": (NV, 8, 24, 1280), "m32_nvfp4_aligned": (NV, 32, 60, 768),
     "m256_cluster": (MX, 256, 300, 544), "pair": (MX, 8, 2, 544), "pair_nvfp4": (NV, 8, 1, 544),
     "pair_mxfp8": (MX, 8, 2, 544), "pair_nvfp4_tokens": (NV, 8, 2, 544),
 }  # fmt: skip
 # Of activations that are not bf16:
 FORMATS = {"pair_mxfp8": ActivationFormat.mxfp8, "pair_nvfp4_tokens": ActivationFormat.nvfp4}
 SIZES = dict(hidden_size=544, has_gemm1_bias=True)
-HELD = dict(hidden_size=1536)  # rows of scales are whole pieces of 16 bytes, three of them
+ALIGNED = dict(hidden_size=1536)  # rows of scales are whole pieces of 16 bytes: passed through registers, or loaded by TMA
 # Run with each consumer warpgroup as late as it can be, too:
-LATE = {"m8", "m16_short", "pair", "m96", "m96_held", "m256_cluster"}
+LATE = {"m8", "m16_short", "pair", "m96", "m96_aligned", "m32_nvfp4_aligned", "m256_cluster"}
 
 
 class Watched:
@@ -61,7 +62,7 @@ def races(
     symbol, source = source_of(weight_format, tile_m)
     watched = Watched(symbol, change(source), folder / "watched.so")
     changes = dict(weight_format=weight_format, num_tokens=num_tokens, intermediate_size=intermediate_size) | SIZES
-    changes |= HELD if name.endswith("_held") else {}
+    changes |= ALIGNED if name.endswith("_aligned") else {}
     changes["activation_format"] = FORMATS.get(name, ActivationFormat.bf16)
     case = Case(**vars(SMALL) | changes)
     kwargs = make_case(case)
@@ -111,7 +112,7 @@ SCALES_AFTER_ARRIVAL = replaced(
     r"(\n\s*tvm_builtin_ptx_mbarrier_arrive[^\n]*)", r"\2\1",
 )  # fmt: skip
 BROKEN = {
-    "held_scales_are_stored_after_their_arrival": ("m96_held", SCALES_AFTER_ARRIVAL),
+    "held_scales_are_stored_after_their_arrival": ("m96_aligned", SCALES_AFTER_ARRIVAL),
     "sums_are_read_at_once": ("m8", SUMS_AT_ONCE),
     "sums_of_two_warpgroups": ("m16", SUMS_AT_ONCE),
     "stages_are_released_early": ("m16", RELEASED_EARLY),

@@ -63,6 +63,9 @@ CASES = {
     "bf16_nvfp4_long": dict(weight_format=NV, hidden_size=96, intermediate_size=1120),
     "nvfp4": dict(activation_format=A.nvfp4, weight_format=NV, hidden_size=288, intermediate_size=160),
     "nvfp4_per_token": dict(activation_format=A.nvfp4, weight_format=NV, has_per_token_scale=True, intermediate_size=1056),
+    # Rows of scales are whole pieces of 16 bytes, and end inside of a stage of 32
+    "nvfp4_aligned": dict(weight_format=NV, num_tokens=150, hidden_size=768, intermediate_size=1280, num_experts=4),
+    "nvfp4_aligned_ungated": dict(weight_format=NV, activation=ActivationType.Relu2, hidden_size=1280, num_experts=4),
 }  # fmt: skip
 # A token or two: at 8 columns, gated and without per-token scales, both GEMMs are one kernel.
 FEW_TOKENS = {
@@ -248,7 +251,7 @@ SMALL = Case(num_tokens=24, hidden_size=256, intermediate_size=160, num_experts=
 # over two, with several widths, with scales held in registers for two or four stages, in clusters of two CTAs.
 SIMULATED = {
     "m8": (MX, 8, False), "m8_early": (MX, 8, True), "m8_nvfp4": (NV, 8, False), "ks_2": (NV, 16, False),
-    "widths": (NV, 32, False), "held_2": (MX, 64, False), "held_4": (MX, 96, False),
+    "widths": (NV, 32, False), "widths_early": (NV, 32, True), "held_2": (MX, 64, False), "held_4": (MX, 96, False),
     "cluster": (MX, 256, False), "cluster_early": (MX, 256, True),
 }  # fmt: skip
 SIMULATED_CASES = {
@@ -259,6 +262,8 @@ SIMULATED_CASES = {
     # Of 8 rows: more than experts, whose counts and lists of tiles are neighbours in the workspace
     "many_tiles": dict(num_tokens=130, hidden_size=64, intermediate_size=64, num_experts=6, top_k=3),
     "long": dict(hidden_size=64, intermediate_size=1056),
+    "aligned": dict(num_tokens=60, hidden_size=768, intermediate_size=1280),
+    "aligned_ungated": dict(activation=ActivationType.Relu2, hidden_size=768, intermediate_size=512),
     "two_tokens": FEW_TOKENS["two_tokens"],
     "one_token": dict(num_tokens=1, top_k=3, hidden_size=1056, intermediate_size=1120),
 }
@@ -340,9 +345,9 @@ def test_simulated_route_with_several_tokens_a_cta(num_experts, top_k, folder):
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
-@pytest.mark.parametrize("name", ["held_2", "held_4"])
+@pytest.mark.parametrize("name", ["held_2", "held_4", "m8_nvfp4", "widths"])
 def test_simulated_scales_need_not_be_aligned(name, folder):
-    """Base of gemm1's scales 8 bytes past a multiple of 16: cp.async copies them."""
+    """Base of gemm1's scales 8 bytes past a multiple of 16: cp.async copies them, not TMA."""
     weight_format, tile_m, early = SIMULATED[name]
     case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=60, hidden_size=1536))
     kwargs = make_case(case)

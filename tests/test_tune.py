@@ -498,6 +498,17 @@ def test_few_columns_of_gemm2_have_a_choice_of_their_own(tmp_path):
     assert "gemm2_short" not in chosen[32]
 
 
+def test_a_token_or_two_have_no_say_where_one_kernel_computes_both_gemms(tmp_path):
+    by_hand = sm90a.default_of_tile(8)
+    better = by_hand | dict(k_blocks=2)
+    for num_tokens, us in ((1, 110.0), (2, 110.0), (16, 90.0), (64, 90.0)):
+        task = Task(sm90a.TARGET, "gemm1", "mxfp4", "Qwen3-235B-A22B", num_tokens)
+        run = run_of(tmp_path, Clock(), task, sm90a)
+        run.record(by_hand, 100.0)
+        run.record(better, us)
+    assert sm90a.chosen("mxfp4", tmp_path)[8]["gemm1"].k_blocks == 2
+
+
 def test_without_records_the_choices_are_the_shipped_ones(tmp_path):
     from tvmmoe.kernels.sm90a.build import Variant, variants
 

@@ -42,9 +42,9 @@ class Build(NamedTuple):
         if not self.tile:
             return select(self.source, targets, problem, gpu_name(problem.device))
         mode = problem.activation_format.name, problem.weight_format.name
-        for entry in self.source.entries:
+        for target, entry in itertools.product(targets, self.source.entries):
             tile = "fp8" if entry.accumulation == "fp8" else str(entry.tile_m)
-            if entry.target in targets and entry.serves(*mode) and tile == self.tile:
+            if entry.target == target and entry.serves(*mode) and tile == self.tile:
                 return entry
         raise UnsupportedError(f"{self.label}: no such tile for {' x '.join(mode)} on {', '.join(targets)}")
 

@@ -19,6 +19,7 @@ from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, Arguments, hand_chosen
+from tvmmoe.kernels.sm90a.prologue import FEW_TOKENS
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
 from tvmmoe.kernels.sm90a.trace import kernel as kernel_of
@@ -80,7 +81,11 @@ def seeds(task: Task) -> list[dict[str, int]]:
 def by_tile_height(
     stage: str, weight_format: str, measurements: list[records.Measurement]
 ) -> list[records.Candidates]:
-    """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart."""
+    """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart.
+
+    Of a token or two gemm_pair computes both GEMMs in the operator, with decisions of its own.
+    """
+    measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS]
     tiles = SHORT_TILES if stage == "gemm2" else {}
     of_short = [m for m in measurements if _is_short(m.task)]
     rest = [m for m in measurements if not _is_short(m.task)]
@@ -94,6 +99,8 @@ def is_legal(task: Task, config: dict[str, int]) -> bool:
     """What the kernel can be built for, and tiles that fit the task's rows at all."""
     c = gemm_config(task, config)
     registers = c.mi * c.tile_m <= (256 if c.warpgroups == 2 else 96)
+    if c.is_overlapped and not c.has_one_width and c.width_step == 8:  # a second set of fragments: ptxas gives up (C7512)
+        registers = c.mi * c.tile_m < (128 if c.warpgroups == 2 else 32)
     fits = c.tile_m in knobs(task)["tile_m"] and c.ks <= c.warpgroups and c.k_blocks % c.ks == 0
     shares = c.cluster == 1 or c.tile_m >= MIN_SHARED_TILE
     return fits and registers and shares and _num_stages(task, c) >= 2

@@ -422,7 +422,7 @@ class GroupedGemm:
         self.rows = [[let(self.first_row + 16 * half + 8 * r + self.group) for r in range(2)] for half in range(2)]
 
         def work(tile: Tile) -> None:
-            state = self.p.begin_tile(self, tile)
+            state = self.p.begin_tile(self, tile, cast(tile.expert, "int64"))
             cuda.mbarrier_wait(self.done.ptr_to([accumulator.index]), accumulator.phase)
             ptx["tcgen05.fence::after_thread_sync"]()
             lanes = cast(self.first_row, "uint32") << u32(16)

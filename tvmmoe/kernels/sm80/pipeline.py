@@ -169,7 +169,7 @@ class MmaGemm:
         self._plan_accumulators(tile)
         cuda.cta_sync()  # the skews are there
         self._plan_fragments()
-        state = self.p.begin_tile(self, tile)
+        state = self.p.begin_tile(self, tile, cast(tile.expert, "int64"))
         stage, free = scalar("int32", T.int32(0)), scalar("int32", T.int32(c.num_stages - 1))
         with for_(self.k_steps) as step:
             ptx["cp.async.wait_group"](c.num_stages - 2)

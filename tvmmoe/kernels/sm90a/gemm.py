@@ -7,16 +7,17 @@
                  gemm_multiply.py; 4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [width, 128 bytes] of all halves of a stage's K blocks (of
                  one at 8 columns and in clusters), with 128-byte swizzle
-    last 3 warps scale bytes of the tile's rows by cp.async, 16 at a time where rows are aligned, or (gemm1 at 64 and 96
-                 columns) there through registers, for several stages at once
+                 where rows of scales are aligned and have 16 bytes a stage, these too [rows, 16 or 32 bytes]
+    last 3 warps else scale bytes of the tile's rows by cp.async, of aligned rows (gemm1 at 64 and 96 columns) through
+                 registers, for several stages at once
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
     ks = 1       the warpgroups own different rows: prefill
     ks = 2, 4    that many own the same 64 * mi rows and share the K blocks of a stage, partial sums meet in shared
                  memory: more, smaller tiles for decode
 
-A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps; its empty barrier
-one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
+A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps or for them; its empty
+barrier one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
 zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
 
 A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
@@ -60,6 +61,7 @@ from tvmmoe.kernels.sm90a.trace import (
     while_,
 )  # fmt: skip
 
+SMEM_ADDRESS_BITS = 18  # more than 227 KiB
 SCALE_LANES = 96  # three warps copy scales
 
 
@@ -68,10 +70,11 @@ class Work(NamedTuple):
 
     p: object
     weight_map: object
+    scale_map: object  # None: no TMA of scales
     token_maps: tuple
     k_steps: object
     scale_row_bytes: object
-    is_aligned: object  # scales of a row are copied in pieces of up to 16 bytes where rows allow it, else in granules
+    is_aligned: object  # rows of scales allow pieces of up to 16 bytes, by TMA if that has a map, else granules are copied
     pitch_of_scales: object
 
 
@@ -106,6 +109,11 @@ class GroupedGemm(Multiply, Epilogue):
     def _scheduler(self) -> TileScheduler:
         return TileScheduler(self.a, self.c, self.p.number)
 
+    @property
+    def has_scale_map(self) -> bool:
+        """Whether TMA loads scales where rows are aligned; scale warps then do nothing."""
+        return self.c.loads_scales_by_tma
+
     def reserved_bytes(self) -> int:
         """Shared memory that a subclass allocates in :meth:`_allocate_more`."""
         return 0
@@ -125,8 +133,12 @@ class GroupedGemm(Multiply, Epilogue):
                 cuda.cluster_sync()
 
     def _maps(self, p):
-        """Tensor maps of weights and tokens: host expressions."""
-        return p.weight_map(self.c), self._token_maps(p)
+        """Tensor maps of weights, their scales and tokens: host expressions."""
+        c, scales = self.c, None
+        if self.has_scale_map:  # unused where rows or base are not of whole 16 bytes, but must be legal
+            row = T.max(p.k // c.weight_format.block_size & T.int64(-16), T.int64(16))
+            scales = p.row_map(c, p.scales & T.int64(-16), row, c.stage_scale_bytes)
+        return p.row_map(c, p.weights, p.k // 2, K_BLOCK // 2), scales, self._token_maps(p)
 
     def _token_maps(self, p) -> tuple:
         """A map for each width, whose box is a stage's columns; or one for boxes of ``width_step`` rows of 128 bytes."""
@@ -161,13 +173,13 @@ class GroupedGemm(Multiply, Epilogue):
         k_stage = K_BLOCK * self.c.k_blocks
         return let((cast(p.k, "int32") + (k_stage - 1)) // k_stage)
 
-    def _begin(self, p, weight_map, token_maps, k_steps) -> Work:
+    def _begin(self, p, weight_map, scale_map, token_maps, k_steps) -> Work:
         c, row_bytes = self.c, p.k // self.c.weight_format.block_size
         scale_row_bytes = let(cast(row_bytes, "int32"))
         misaligned = (row_bytes | p.scales) & T.int64(self.piece - 1)
         is_aligned = let(cast(misaligned == 0, "int32")) != 0
         pitch = let(T.Select(is_aligned, T.int32(c.stage_scale_bytes), T.int32(c.scale_pitch)))
-        return Work(p, weight_map, token_maps, k_steps, scale_row_bytes, is_aligned, pitch)
+        return Work(p, weight_map, scale_map, token_maps, k_steps, scale_row_bytes, is_aligned, pitch)
 
     def _use(self, work: Work) -> None:
         """Go on with this problem: while tracing, its fields are attributes."""
@@ -180,7 +192,8 @@ class GroupedGemm(Multiply, Epilogue):
             ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
             with if_(thread.warp == producer):
                 self._produce_operands()
-            with if_(thread.warp > producer):
+            is_copier = thread.warp > producer
+            with if_(is_copier if self.scale_map is None else T.And(is_copier, T.Not(self.is_aligned))):
                 self._produce_scales(let(thread.tid - (producer + 1) * 32))
         with if_(thread.warp < producer):
             ptx["setmaxnreg.inc.sync.aligned.u32"](self.registers[1])
@@ -257,10 +270,14 @@ class GroupedGemm(Multiply, Epilogue):
             with if_(cuda.elect_sync() != u32(0)):
                 self._issue_loads(T.bool(True))
 
+    def _tensors(self, work) -> list:
+        """Maps of a problem."""
+        return [tensor for tensor in (work.weight_map, work.scale_map, *work.token_maps) if tensor is not None]
+
     def _issue_loads(self, is_issuer) -> None:
         c = self.c
         with if_(is_issuer):
-            for tensor in (self.weight_map, *self.token_maps):
+            for tensor in self._tensors(self):
                 ptx.prefetch.tensormap(T.address_of(tensor))
         tiles = self.scheduler
         tiles.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
@@ -268,7 +285,7 @@ class GroupedGemm(Multiply, Epilogue):
         if self.p.knows_tiles:
             with if_(tiles.is_left):
                 tile = tiles.tile
-                coordinates, x_bytes = self.p.weight_coordinates(c, tile), self._token_bytes(tile)
+                coordinates, x_bytes = self.p.row_coordinates(c, tile), self._token_bytes(tile)
                 assign(early, T.min(self.k_steps, T.int32(self.stages)))
                 with for_(early) as step:
                     with if_(is_issuer):
@@ -280,7 +297,7 @@ class GroupedGemm(Multiply, Epilogue):
     def _load_tile(self, is_issuer, early) -> None:
         """Load the tile, whose first ``early`` stages have their weights, and announce the next one."""
         tiles, tile = self.scheduler, self.scheduler.tile
-        coordinates, x_bytes = self.p.weight_coordinates(self.c, tile), self._token_bytes(tile)
+        coordinates, x_bytes = self.p.row_coordinates(self.c, tile), self._token_bytes(tile)
         token_map = self._token_map(x_bytes)
         # The answer takes as long as loads do; asked earlier, a slow CTA would take a tile that others wait for.
         claiming = let(T.max(self.k_steps - (self.stages + 2), T.int32(0)))
@@ -306,12 +323,21 @@ class GroupedGemm(Multiply, Epilogue):
         ptx.fence.proxy.async_.shared__cta()
 
     def _load_weights(self, stage, step, coordinates, x_bytes) -> None:
+        """A stage's boxes of weights and, by TMA, of scales; its barrier expects ``x_bytes`` of tokens, too."""
         c, bar = self.c, self.full.ptr_to([stage])
-        ptx.mbarrier.arrive.expect_tx.shared.b64(bar, cast(x_bytes + self.w_stage, "uint32"))
+        num_bytes = x_bytes + self.w_stage
+        if self.scale_map is not None:
+            num_bytes += T.Select(self.is_aligned, T.int32(c.rows * c.stage_scale_bytes), T.int32(0))
+        ptx.mbarrier.arrive.expect_tx.shared.b64(bar, cast(num_bytes, "uint32"))
         for block in range(c.k_blocks):
             destination = self.ws.ptr_to([stage * self.w_stage + block * self.w_block])
             place = [(step * c.k_blocks + block) * (K_BLOCK // 2), *coordinates]
             isa.tma_load(len(place), destination, T.address_of(self.weight_map), place, bar, self.policy)
+        if self.scale_map is not None:
+            with if_(self.is_aligned):
+                place = [step * c.stage_scale_bytes, *coordinates]
+                isa.tma_load(len(place), self.ss.ptr_to([stage * self.s_stage]), T.address_of(self.scale_map), place, bar)
+                ptx.mbarrier.arrive.shared.b64(bar, u32(SCALE_LANES))
 
     def _token_map(self, x_bytes):
         """Address of the map for a tile whose stages have so many bytes of tokens."""
@@ -373,11 +399,13 @@ class GroupedGemm(Multiply, Epilogue):
             self._describe(tile, lane, rows, expert, offsets)
             starts = [expert + cast(offset, "int64") for offset in offsets]
             copy = functools.partial(self._copy_scales_of_tile, rows, slots, starts)
-            if self.held_stages == 1:
-                copy()
+            if self.scale_map is not None:
+                copy(self._copy_granules)
+            elif self.held_stages == 1:
+                copy(self._copy_scales)
             else:
                 hold = functools.partial(self._pass_scales_of_tile, rows, slots, starts)
-                if_else(self.is_aligned, hold, lambda: copy(may_be_aligned=False))
+                if_else(self.is_aligned, hold, lambda: copy(self._copy_granules))
             self.scheduler.advance()
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
@@ -386,10 +414,10 @@ class GroupedGemm(Multiply, Epilogue):
         Those of this lane's ``rows`` lie ``offsets`` bytes past the address ``expert``.
         """
 
-    def _copy_scales_of_tile(self, rows, slots, starts, may_be_aligned: bool = True) -> None:
+    def _copy_scales_of_tile(self, rows, slots, starts, copy) -> None:
         with for_(self.k_steps) as step:
             cuda.mbarrier_wait(self.empty.ptr_to([self.stage]), self.phase ^ u32(1))
-            self._copy_scales(step, rows, slots, starts, may_be_aligned)
+            copy(step, rows, slots, starts)
             ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](self.full.ptr_to([self.stage]))
             self._advance()
 
@@ -415,42 +443,42 @@ class GroupedGemm(Multiply, Epilogue):
             with contextlib.nullcontext() if SCALE_LANES * (i + 1) <= self.c.rows else if_(of_row[0] < self.c.rows):
                 yield of_row
 
-    def _copy_scales(self, step, rows, slots, starts, may_be_aligned: bool) -> None:
-        """Rows' scales of a stage into their slots, from rows that begin there; zeros where they have ended."""
-        c, k_byte = self.c, let(step * self.c.stage_scale_bytes)
+    def _copy_scales(self, step, rows, slots, starts) -> None:
+        """Rows' scales of a stage into their slots, from rows that begin at ``starts``; zeros where they have ended."""
+        ways = self._copy_pieces, self._copy_granules
+        if_else(self.is_aligned, *(functools.partial(way, step, rows, slots, starts) for way in ways))
+
+    def _copy_pieces(self, step, rows, slots, starts) -> None:
+        for slot, source, left in self._places(step, rows, slots, starts):
+            for offset in range(0, self.c.stage_scale_bytes, self.piece):
+                size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
+                isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
+
+    def _copy_granules(self, step, rows, slots, starts) -> None:
+        """Around bytes that start anywhere; consumers add the skew."""
+        granule, pitch = self.c.scale_granule, self.c.scale_pitch
+
+        def copy(is_whole: bool) -> None:
+            for slot, source, left in self._places(step, rows, slots, starts):
+                start = let(source)
+                aligned = let(start & T.int64(-granule))
+                end = None if is_whole else let(left + cast(start & T.int64(granule - 1), "int32"))
+                for offset in range(0, pitch, granule):
+                    size = T.int32(granule) if is_whole else T.max(T.min(end - offset, T.int32(granule)), T.int32(0))
+                    isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(aligned, offset), granule, let(size))
+
+        if granule == 4:
+            copy(is_whole=False)
+        else:  # most stages need no look at where rows end, which took more instructions than the copies
+            left = self.scale_row_bytes - step * self.c.stage_scale_bytes
+            if_else(left >= pitch, lambda: copy(is_whole=True), lambda: copy(is_whole=False))
+
+    def _places(self, step, rows, slots, starts):
+        """For each row of this lane: where its scales of a stage go and come from, and how many are left."""
+        k_byte = let(step * self.c.stage_scale_bytes)
         left = let(self.scale_row_bytes - k_byte)
-
-        def copy(one_row) -> None:
-            for _, slot, start in self._of_tile(rows, slots, starts):
-                one_row(self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"))
-
-        def copy_granules() -> None:
-            whole = functools.partial(self._copy_granules, left=None)
-            part = functools.partial(self._copy_granules, left=left)
-            if c.scale_granule == 4:
-                copy(part)
-            else:  # most stages need no look at where rows end, which took more instructions than the copies
-                if_else(left >= c.scale_pitch, lambda: copy(whole), lambda: copy(part))
-
-        if may_be_aligned:
-            if_else(self.is_aligned, lambda: copy(functools.partial(self._copy_pieces, left=left)), copy_granules)
-        else:
-            copy_granules()
-
-    def _copy_pieces(self, slot, source, left) -> None:
-        for offset in range(0, self.c.stage_scale_bytes, self.piece):
-            size = let(T.Select(left > offset, T.int32(self.piece), T.int32(0)))
-            isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(source, offset), self.piece, size)
-
-    def _copy_granules(self, slot, source, left) -> None:
-        """Around bytes that start anywhere, of which ``left`` are there (None: enough); consumers add the skew."""
-        granule = self.c.scale_granule
-        start = let(source)
-        aligned = let(start & T.int64(-granule))
-        end = None if left is None else let(left + cast(start & T.int64(granule - 1), "int32"))
-        for offset in range(0, self.c.scale_pitch, granule):
-            size = T.int32(granule) if end is None else let(T.max(T.min(end - offset, T.int32(granule)), T.int32(0)))
-            isa.copy_async(T.ptr_byte_offset(slot, offset, "uint8"), address(aligned, offset), granule, size)
+        for _, slot, start in self._of_tile(rows, slots, starts):
+            yield self.ss.ptr_to([self.stage * self.s_stage + slot]), start + cast(k_byte, "int64"), left
 
     # ---------------------------------------------------------------------------------------------------- consumers
 
@@ -493,15 +521,12 @@ class GroupedGemm(Multiply, Epilogue):
             self._kept(cuda.cvta_generic_to_shared(self.ss.ptr_to([row * self.pitch_of_scales + skew + scales])))
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
-        if c.multiplies_by_warp and self.per_warpgroup > 1:  # stages whose last K block of this warpgroup is not past the end
-            num_blocks = (cast(self.p.k, "int32") + (K_BLOCK - 1)) // K_BLOCK
-            self.full_steps = let((num_blocks + c.k_blocks - (self.k_sub + 1) * self.per_warpgroup) // c.k_blocks)
 
     def _multiply_tiles(self) -> None:
         c = self.c
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
-            state = self.p.begin_tile(self, tile) if self.is_state_early else None
+            state = self.p.begin_tile(self, tile, self._early_expert(tile)) if self.is_state_early else None
             self._multiply(tile, c.widths)
             self._release_last()
             if c.reads_tile_again:
@@ -530,6 +555,15 @@ class GroupedGemm(Multiply, Epilogue):
     def _kept(self, value):
         """``value``, in a register that ptxas cannot compute again."""
         return let(shuffle(let(value), self.thread.lane))
+
+    def _early_expert(self, tile: Tile):
+        """The tile's expert, for addresses of what the epilogue needs, which arrives under the main loop.
+
+        ptxas moves what it takes for uniform into uniform registers at once, and so waits for it before the main loop: 7 % of
+        gpt-oss at 16 columns. So a zero is added that it cannot know, the upper bits of a thread's address.
+        """
+        zero = self.scale_places[0] >> u32(SMEM_ADDRESS_BITS)
+        return let(cast(tile.expert + cast(zero, "int32"), "int64"))
 
     def _release(self, stage) -> None:
         """Tell whoever writes into a stage that this warp is done with it: every CTA of the cluster."""

@@ -50,19 +50,20 @@ class Gemm1(Results):
     def num_row_blocks(self, c: GemmConfig):
         return self.out_width // self.columns(c)
 
-    def weight_map(self, c: GemmConfig):
-        size, row = self.a.intermediate_size, self.k // 2  # rows of a half; bytes of a row
+    def row_map(self, c: GemmConfig, base, row, box_bytes: int):
+        """Tensor map of a tile's rows in weights or their scales, of ``row`` bytes each."""
+        size = self.a.intermediate_size  # rows of a half
         dims = [row, T.int64(8), size // 32, T.int64(4), self.a.local_num_experts * self.halves]
         strides = [4 * row, 32 * row, row, size * row]
-        box = [64, self.columns(c) // 16, 4, 4, self.halves]
-        return tensor_map(address(self.a.gemm1_weights), dims, strides, box, "uint8", 0, c.l2_promotion)
+        box = [box_bytes, self.columns(c) // 16, 4, 4, self.halves]
+        return tensor_map(address(base), dims, strides, box, "uint8", 0, c.l2_promotion)
 
     def _block(self, c: GemmConfig, tile: Tile):
         """(128-block of z, first m of the tile in it)."""
         per_block = 128 // self.columns(c)
         return tile.row_block // per_block, tile.row_block % per_block * (self.columns(c) // 32)
 
-    def weight_coordinates(self, c: GemmConfig, tile: Tile):
+    def row_coordinates(self, c: GemmConfig, tile: Tile):
         block, m = self._block(c, tile)
         return [let(2 * m), let(4 * block), T.int32(0), let(tile.expert * self.halves)]
 
@@ -95,9 +96,9 @@ class Gemm1(Results):
         """Weight row of fragment row ``r``, modulo 8."""
         return gemm.group % 2 * 4 + (gemm.warp4 if self.is_gated else 2 * (gemm.warp4 % 2) + r)
 
-    def begin_tile(self, gemm: GroupedGemm, tile: Tile):
-        """Per-expert factors and this thread's biases."""
-        a, expert = self.a, cast(tile.expert, "int64")
+    def begin_tile(self, gemm: GroupedGemm, tile: Tile, expert):
+        """Factors of the int64 ``expert`` and this thread's biases."""
+        a = self.a
 
         def per_expert(pointer, default):
             value = scalar("float32", T.float32(default))

@@ -44,13 +44,13 @@ class QuantizedGemm1(Gemm1):
         super().__init__(a, is_gated=True)
         self.form = form
 
-    def weight_map(self, c: GemmConfig):
-        size, row = self.a.intermediate_size, self.k // 2
+    def row_map(self, c: GemmConfig, base, row, box_bytes: int):
+        size = self.a.intermediate_size
         dims, strides = [row, size, self.a.local_num_experts * self.halves], [row, size * row]
-        box = [64, self.columns(c), self.halves]
-        return tensor_map(address(self.a.gemm1_weights), dims, strides, box, "uint8", 0, c.l2_promotion)
+        box = [box_bytes, self.columns(c), self.halves]
+        return tensor_map(address(base), dims, strides, box, "uint8", 0, c.l2_promotion)
 
-    def weight_coordinates(self, c: GemmConfig, tile: Tile):
+    def row_coordinates(self, c: GemmConfig, tile: Tile):
         return [let(tile.row_block * self.columns(c)), let(tile.expert * self.halves)]
 
     def _column(self, c: GemmConfig, tile: Tile, smem_row):

@@ -33,13 +33,13 @@ class Gemm2(Results):
     def num_row_blocks(self, c: GemmConfig):
         return (self.rows_per_expert + c.rows - 1) // c.rows
 
-    def weight_map(self, c: GemmConfig):
-        row = self.k // 2
+    def row_map(self, c: GemmConfig, base, row, box_bytes: int):
+        """Tensor map of a tile's rows in weights or their scales, of ``row`` bytes each."""
         dims = [row, self.rows_per_expert, self.a.local_num_experts]
         strides = [row, row * self.rows_per_expert]
-        return tensor_map(address(self.a.gemm2_weights), dims, strides, [64, c.rows, 1], "uint8", 0, c.l2_promotion)
+        return tensor_map(address(base), dims, strides, [box_bytes, c.rows, 1], "uint8", 0, c.l2_promotion)
 
-    def weight_coordinates(self, c: GemmConfig, tile: Tile):
+    def row_coordinates(self, c: GemmConfig, tile: Tile):
         return [let(tile.row_block * c.rows), tile.expert]
 
     def row(self, c: GemmConfig, tile: Tile, smem_row):
@@ -55,9 +55,9 @@ class Gemm2(Results):
     def row_modulo_8(self, gemm: GroupedGemm, r: int):
         return gemm.group
 
-    def begin_tile(self, gemm: GroupedGemm, tile: Tile):
-        """The expert's factor and this thread's biases."""
-        a, expert = self.a, cast(tile.expert, "int64")
+    def begin_tile(self, gemm: GroupedGemm, tile: Tile, expert):
+        """Factor of the int64 ``expert`` and this thread's biases."""
+        a = self.a
         factor = scalar("float32", T.float32(1))
         with if_(a.output2_scale_scalar != 0):
             assign(factor, load("float32", address(a.output2_scale_scalar, expert * 4)))

@@ -98,14 +98,23 @@ class GemmConfig:
         return self.k_blocks * self.scale_bytes
 
     @property
+    def loads_scales_by_tma(self) -> bool:
+        """Whether TMA loads a stage's scales, of at least 16 bytes a row, where rows and base are of whole 16 bytes.
+
+        That is nvfp4, which has twice as many: Qwen3-235B-A22B at 8, 32 and 64 columns -1 to -2, -6 and -3 %, but at 16 +1.
+        mxfp4 gains nothing at 8 and 16 (H200).
+        """
+        return self.weight_format == WeightFormat.nvfp4 and self.tile_m != 16 and self.stage_scale_bytes % 16 == 0
+
+    @property
     def scale_granule(self) -> int:
         """Bytes of a copy of scales, and their alignment, where rows start anywhere.
 
         By words three warps hardly keep up: with 8 bytes gpt-oss (rows of 90 or 180) is 3 % (mxfp4) and 7 % faster at 8
-        columns, nvfp4 19 % at 16. But nvfp4 is 5 % slower at 32, mxfp4 no faster at 16 (schedules/notes.md), and the longer
-        pitch takes shared memory: a stage of gemm2's at 8 columns, and beside one K block a stage room of results.
+        columns, nvfp4 19 % at 16. But nvfp4 is 5 % slower at 32 (schedules/notes.md), and the longer pitch takes shared
+        memory: a stage of gemm2's at 8 columns, and beside one K block a stage room of results.
         """
-        no_gain = (self.weight_format, self.tile_m) in ((WeightFormat.mxfp4, 16), (WeightFormat.nvfp4, 32))
+        no_gain = (self.weight_format, self.tile_m) == (WeightFormat.nvfp4, 32)
         return 4 if no_gain or self.k_blocks == 1 else 8
 
     @property

@@ -83,7 +83,7 @@ class Epilogue:
         c, p = self.c, self.p
         self.out_base = self.warpgroup * (self.chunk_m * self.pitch)
         if state is None:
-            state = p.begin_tile(self, tile)
+            state = p.begin_tile(self, tile, cast(tile.expert, "int64"))
         for first in range(0, c.tile_m, EPILOGUE_TOKENS):
             with if_(tile.num_rows > first):
                 self._evaluate(tile, state, range(first, min(first + EPILOGUE_TOKENS, c.tile_m), 8))

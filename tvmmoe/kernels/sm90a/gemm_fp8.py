@@ -113,15 +113,13 @@ class Fp8Gemm(GroupedGemm):
     # ---------------------------------------------------------------------------------------------------- scale warps
 
     def _describe(self, tile: Tile, lane, rows, expert, offsets) -> None:
-        c = self.c
         buffer, parity = self._info()
         cuda.mbarrier_wait(self.info_empty.ptr_to([buffer]), parity ^ u32(1))
         outside = scalar("int32", T.int32(0))
         self._describe_tokens(tile, lane, buffer, outside)
         starts = [let(expert + cast(offset, "int64")) for offset in offsets]
-        for row, start in zip(rows, starts, strict=True):
-            with if_(row < c.rows):
-                self._describe_row(tile, row, start, buffer, outside)
+        for row, start in self._of_tile(rows, starts):
+            self._describe_row(tile, row, start, buffer, outside)
         is_outside = let(T.cuda.any_sync(u32(0xFFFFFFFF), outside != 0), "int32")
         with if_(lane % 32 == 0):
             I.buffer_store(self.outside, T.Select(is_outside != 0, T.int32(1), T.int32(0)), [buffer * 4 + lane // 32])

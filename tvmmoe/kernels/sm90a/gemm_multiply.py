@@ -180,9 +180,12 @@ class Multiply:
 
         if len(blocks) == 1:
             multiply(self.k_steps, blocks)
-        else:
-            multiply(self.full_steps, blocks)
-            multiply(self.k_steps - self.full_steps, blocks[:-1])
+            return
+        num_blocks = (cast(self.p.k, "int32") + (K_BLOCK - 1)) // K_BLOCK
+        past_last = (self.k_sub + 1) * self.per_warpgroup  # of this warpgroup's K blocks in a stage
+        full_stages = let((num_blocks + self.c.k_blocks - past_last) // self.c.k_blocks)
+        multiply(full_stages, blocks)
+        multiply(self.k_steps - full_stages, blocks[:-1])
 
     def _multiply_stage_by_warp(self, blocks) -> None:
         """This warp's K ``blocks`` of a stage, which is then free."""

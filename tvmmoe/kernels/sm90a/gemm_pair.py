@@ -39,6 +39,11 @@ class GemmPair(GroupedGemm):
         self.name = "gemm_pair" if is_bf16 else f"gemm_pair_{form.name}"
         self.problems = Gemm1(a, is_gated=True) if is_bf16 else QuantizedGemm1(a, form), self.p
 
+    @property
+    def has_scale_map(self) -> bool:
+        """Never: scale warps follow the tiles of both problems."""
+        return False
+
     def _scheduler(self) -> PairScheduler:
         return PairScheduler(self.a, self.c, Gemm1.number)
 
@@ -66,7 +71,7 @@ class GemmPair(GroupedGemm):
     def _issue_loads(self, is_issuer) -> None:
         with if_(is_issuer):
             for work in self.works:
-                for tensor in (work.weight_map, *work.token_maps):
+                for tensor in self._tensors(work):
                     ptx.prefetch.tensormap(T.address_of(tensor))
         self.scheduler.lead(is_issuer, "global")
         early = scalar("int32", T.int32(0))
@@ -86,7 +91,7 @@ class GemmPair(GroupedGemm):
     def _load_weights_early(self, is_issuer, early) -> None:
         """Fill that many stages with weights, and go back to the first of them."""
         tile, stage, phase = self.scheduler.tile, let(self.stage), let(self.phase)
-        coordinates, x_bytes = self.p.weight_coordinates(self.c, tile), self._token_bytes(tile)
+        coordinates, x_bytes = self.p.row_coordinates(self.c, tile), self._token_bytes(tile)
         with for_(early) as step:
             self._wait_for_room()
             with if_(is_issuer):
