@@ -146,6 +146,13 @@ def fatbin(library, folder):
 MANY_MOVES = {"fp4_block_scale_moe_nvfp4_m32_gemm2"}
 
 
+def stages_of(variant) -> dict:
+    """Configurations of the GEMMs that a variant has, by the ends of their kernels' names."""
+    stages = {"gemm1": variant.ungated_gemm1, "gemm1_gated": variant.gemm1, "gemm2": variant.gemm2}
+    stages |= {"gemm2_short": variant.gemm2_short, "gemm_pair": variant.gemm_pair if variant.meets_few_tokens else None}
+    return {stage: config for stage, config in stages.items() if config is not None}
+
+
 @pytest.mark.parametrize("weight_format", WeightFormat)
 def test_hoppers_tma_warp_keeps_its_state_in_uniform_registers(weight_format):
     """A branch more where tiles are looked up, and ptxas moves every operand of a TMA from a register of each lane (R2UR)
@@ -158,10 +165,8 @@ def test_hoppers_tma_warp_keeps_its_state_in_uniform_registers(weight_format):
     kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
     checked = 0
     for variant in build.shipped_variants(target, weight_format):
-        stages = {"gemm1": variant.ungated_gemm1, "gemm1_gated": variant.gemm1, "gemm2": variant.gemm2}
-        stages["gemm2_short"] = variant.gemm2_short
-        for stage, config in stages.items():
-            if config is not None and config.is_issued_by_warp and config.cluster == 1:
+        for stage, config in stages_of(variant).items():
+            if config.is_issued_by_warp and config.cluster == 1:
                 name = f"{variant.symbol}_{stage}"
                 moves, loads = (len(re.findall(rf"\b{opcode}\b", kernels[name])) for opcode in ("R2UR", "UTMALDG"))
                 assert 0 < loads and (moves <= 2 * loads) == (name not in MANY_MOVES), (name, moves, loads)
@@ -194,13 +199,15 @@ def test_hoppers_consumers_do_not_wait_for_what_their_epilogue_needs(weight_form
     assert not uniform_moves_of_loads(load + "        /*0018*/   IADD3 R25, R24, 0x1, RZ ;\n" + move)
     target = build.CUDA_TARGETS["sm90a"]
     kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
-    early = {v.symbol for v in build.shipped_variants(target, weight_format) if v.tile_m <= 64}
     checked = 0
-    for name, sass in kernels.items():
-        if any(name.startswith(f"{symbol}_gemm") for symbol in early):
-            assert not uniform_moves_of_loads(sass.split("USETMAXREG.TRY_ALLOC")[1]), name
-            checked += 1
-    assert checked >= 15
+    for variant in build.shipped_variants(target, weight_format):
+        for stage, config in stages_of(variant).items():
+            if config.mi * config.tile_m <= 64:  # as GroupedGemm.is_state_early
+                name = f"{variant.symbol}_{stage}"
+                _, consumers = kernels[name].split("USETMAXREG.TRY_ALLOC")
+                assert "LDG" in consumers and not uniform_moves_of_loads(consumers), name
+                checked += 1
+    assert checked >= 14
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

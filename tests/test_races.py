@@ -149,6 +149,26 @@ def test_stages_are_released_after_their_last_matrices(name, monkeypatch, tmp_pa
     assert races(name, tmp_path)[0] > 0
 
 
+def test_scales_by_tma_go_where_nobody_reads(monkeypatch, tmp_path):
+    """Into the stage after the one that is free."""
+    load = gemm.GroupedGemm._load_weights
+
+    class Later:
+        def __init__(self, scales, s_stage: int, stages: int):
+            self.scales, self.s_stage, self.size = scales, s_stage, stages * s_stage
+
+        def ptr_to(self, indices):
+            return self.scales.ptr_to([(indices[0] + self.s_stage) % self.size])
+
+    def load_weights(self, *args):
+        scales, self.ss = self.ss, Later(self.ss, self.s_stage, self.stages)
+        load(self, *args)
+        self.ss = scales
+
+    monkeypatch.setattr(gemm.GroupedGemm, "_load_weights", load_weights)
+    assert races("m32_nvfp4_aligned", tmp_path)[0] > 0
+
+
 def test_results_are_stored_before_others_take_their_place(monkeypatch, tmp_path):
     monkeypatch.setattr(gemm.GroupedGemm, "_warpgroup_sync", lambda self: None)
     assert races("m8", tmp_path)[0] > 0

@@ -65,6 +65,7 @@ CASES = {
     "nvfp4_per_token": dict(activation_format=A.nvfp4, weight_format=NV, has_per_token_scale=True, intermediate_size=1056),
     # Rows of scales are whole pieces of 16 bytes, and end inside of a stage of 32
     "nvfp4_aligned": dict(weight_format=NV, num_tokens=150, hidden_size=768, intermediate_size=1280, num_experts=4),
+    # (gemm1 at 8 columns alone: others have 8 bytes a stage without a gate)
     "nvfp4_aligned_ungated": dict(weight_format=NV, activation=ActivationType.Relu2, hidden_size=1280, num_experts=4),
 }  # fmt: skip
 # A token or two: at 8 columns, gated and without per-token scales, both GEMMs are one kernel.
@@ -347,18 +348,20 @@ def test_simulated_route_with_several_tokens_a_cta(num_experts, top_k, folder):
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
 @pytest.mark.parametrize("name", ["held_2", "held_4", "m8_nvfp4", "widths"])
 def test_simulated_scales_need_not_be_aligned(name, folder):
-    """Base of gemm1's scales 8 bytes past a multiple of 16: cp.async copies them, not TMA."""
+    """Base of both GEMMs' scales 8 bytes past a multiple of 16: cp.async copies them, not TMA."""
     weight_format, tile_m, early = SIMULATED[name]
-    case = Case(**vars(SMALL) | dict(weight_format=weight_format, num_tokens=60, hidden_size=1536))
-    kwargs = make_case(case)
-    scales = kwargs["gemm1_weights_scale"]
-    shifted = torch.empty(scales.numel() + 24, dtype=torch.uint8)
-    start = (8 - shifted.data_ptr()) % 16
-    shifted[start : start + scales.numel()] = scales.reshape(-1).view(torch.uint8)
-    moved = shifted[start : start + scales.numel()].view(scales.dtype).view(scales.shape)
-    assert moved.data_ptr() % 16 == 8
+    sizes = dict(num_tokens=60, hidden_size=1536, intermediate_size=512)
+    case = Case(**vars(SMALL) | dict(weight_format=weight_format) | sizes)
+    kwargs, moved = make_case(case), {}
+    for key in ("gemm1_weights_scale", "gemm2_weights_scale"):
+        scales = kwargs[key]
+        shifted = torch.empty(scales.numel() + 24, dtype=torch.uint8)
+        start = (8 - shifted.data_ptr()) % 16
+        shifted[start : start + scales.numel()] = scales.reshape(-1).view(torch.uint8)
+        moved[key] = shifted[start : start + scales.numel()].view(scales.dtype).view(scales.shape)
+        assert moved[key].data_ptr() % 16 == 8
     function = simulated(weight_format, tile_m, early, folder)
-    output, _ = call(case, kwargs | dict(gemm1_weights_scale=moved), tile_m, do_finalize=True, function=function)
+    output, _ = call(case, kwargs | moved, tile_m, do_finalize=True, function=function)
     assert rel_l2(output, moe_ref(**kwargs)[0]) < 1e-3
 
 

@@ -7,9 +7,9 @@
                  gemm_multiply.py; 4 hide the latency of decoding better, 2 have registers for 128 accumulators a thread
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [width, 128 bytes] of all halves of a stage's K blocks (of
                  one at 8 columns and in clusters), with 128-byte swizzle
-                 where rows of scales are aligned and have 16 bytes a stage, these too [rows, 16 or 32 bytes]
-    last 3 warps else scale bytes of the tile's rows by cp.async, of aligned rows (gemm1 at 64 and 96 columns) through
-                 registers, for several stages at once
+                 of nvfp4 a stage's scales, too [rows, 16 or 32 bytes], where loads_scales_by_tma and rows are aligned
+    last 3 warps otherwise scale bytes of the tile's rows by cp.async, up to 16 at a time where rows are aligned; mxfp4's
+                 aligned rows in gemm1 at 64 and 96 columns pass through registers, several stages at once
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
     ks = 1       the warpgroups own different rows: prefill
@@ -61,7 +61,7 @@ from tvmmoe.kernels.sm90a.trace import (
     while_,
 )  # fmt: skip
 
-SMEM_ADDRESS_BITS = 18  # more than 227 KiB
+SMEM_ADDRESS_BITS = 18  # more than 227 KiB; in a cluster the CTA's rank is at bit 24
 SCALE_LANES = 96  # three warps copy scales
 
 
@@ -76,6 +76,11 @@ class Work(NamedTuple):
     scale_row_bytes: object
     is_aligned: object  # rows of scales allow pieces of up to 16 bytes, by TMA if that has a map, else granules are copied
     pitch_of_scales: object
+
+    @property
+    def maps(self) -> list:
+        """Those that there are."""
+        return [tensor for tensor in (self.weight_map, self.scale_map, *self.token_maps) if tensor is not None]
 
 
 class GroupedGemm(Multiply, Epilogue):
@@ -98,8 +103,8 @@ class GroupedGemm(Multiply, Epilogue):
         # _token_bytes, _token_map and _multiply each choose a tile's width, and pieces start at whole atoms of the swizzle.
         assert c.widths == tuple(range(c.widths[0], c.tile_m + 1, c.width_step)), c
         assert c.widths[0] % c.width_step == c.width_step % 8 == 0, c
-        # Small accumulators leave registers to fetch the epilogue's operands before the main loop.
-        self.is_state_early = c.mi * self.acc_count <= 32
+        # Small accumulators leave registers to fetch the epilogue's operands before the main loop (_early_expert says how).
+        self.is_state_early = c.mi * self.acc_count <= 32 and c.cluster == 1
         self.registers = c.registers
         # Not in gemm2, whose tiles have few stages: what loads too late there costs more than it saves.
         self.held_stages = 1 if problem.knows_tiles else c.held_scale_stages
@@ -183,6 +188,7 @@ class GroupedGemm(Multiply, Epilogue):
 
     def _use(self, work: Work) -> None:
         """Go on with this problem: while tracing, its fields are attributes."""
+        self.work = work
         for name, value in work._asdict().items():
             setattr(self, name, value)
 
@@ -192,8 +198,10 @@ class GroupedGemm(Multiply, Epilogue):
             ptx["setmaxnreg.dec.sync.aligned.u32"](self.registers[0])
             with if_(thread.warp == producer):
                 self._produce_operands()
-            is_copier = thread.warp > producer
-            with if_(is_copier if self.scale_map is None else T.And(is_copier, T.Not(self.is_aligned))):
+            copies = thread.warp > producer
+            if self.scale_map is not None:
+                copies = T.And(copies, T.Not(self.is_aligned))
+            with if_(copies):
                 self._produce_scales(let(thread.tid - (producer + 1) * 32))
         with if_(thread.warp < producer):
             ptx["setmaxnreg.inc.sync.aligned.u32"](self.registers[1])
@@ -270,14 +278,10 @@ class GroupedGemm(Multiply, Epilogue):
             with if_(cuda.elect_sync() != u32(0)):
                 self._issue_loads(T.bool(True))
 
-    def _tensors(self, work) -> list:
-        """Maps of a problem."""
-        return [tensor for tensor in (work.weight_map, work.scale_map, *work.token_maps) if tensor is not None]
-
     def _issue_loads(self, is_issuer) -> None:
         c = self.c
         with if_(is_issuer):
-            for tensor in self._tensors(self):
+            for tensor in self.work.maps:
                 ptx.prefetch.tensormap(T.address_of(tensor))
         tiles = self.scheduler
         tiles.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
@@ -560,8 +564,10 @@ class GroupedGemm(Multiply, Epilogue):
         """The tile's expert, for addresses of what the epilogue needs, which arrives under the main loop.
 
         ptxas moves what it takes for uniform into uniform registers at once, and so waits for it before the main loop: 7 % of
-        gpt-oss at 16 columns. So a zero is added that it cannot know, the upper bits of a thread's address.
+        gpt-oss at 16 columns. So a zero is added that it cannot know: the upper bits of an address in shared memory, which
+        came from a shuffle by lane and so may differ between lanes.
         """
+        assert self.c.cluster == 1, self.c
         zero = self.scale_places[0] >> u32(SMEM_ADDRESS_BITS)
         return let(cast(tile.expert + cast(zero, "int32"), "int64"))
 

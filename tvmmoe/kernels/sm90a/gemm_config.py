@@ -102,7 +102,8 @@ class GemmConfig:
         """Whether TMA loads a stage's scales, of at least 16 bytes a row, where rows and base are of whole 16 bytes.
 
         That is nvfp4, which has twice as many: Qwen3-235B-A22B at 8, 32 and 64 columns -1 to -2, -6 and -3 %, but at 16 +1.
-        mxfp4 gains nothing at 8 and 16 (H200).
+        mxfp4 gains nothing at 8 and 16 (H200). Stages of one K block have 8 bytes: those at 96 and 256, and of an
+        ungated gemm1 at 32 and 64.
         """
         return self.weight_format == WeightFormat.nvfp4 and self.tile_m != 16 and self.stage_scale_bytes % 16 == 0
 

@@ -41,7 +41,7 @@ class GemmPair(GroupedGemm):
 
     @property
     def has_scale_map(self) -> bool:
-        """Never: scale warps follow the tiles of both problems."""
+        """Never: one problem's rows may be aligned and the other's not, and scale warps follow the tiles of both."""
         return False
 
     def _scheduler(self) -> PairScheduler:
@@ -71,7 +71,7 @@ class GemmPair(GroupedGemm):
     def _issue_loads(self, is_issuer) -> None:
         with if_(is_issuer):
             for work in self.works:
-                for tensor in self._tensors(work):
+                for tensor in work.maps:
                     ptx.prefetch.tensormap(T.address_of(tensor))
         self.scheduler.lead(is_issuer, "global")
         early = scalar("int32", T.int32(0))
