@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest describes what ships: checksums, selection ranges, freshness against the sources, refusals."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -146,31 +147,33 @@ def fatbin(library, folder):
 MANY_MOVES = {"fp4_block_scale_moe_nvfp4_m32_gemm2"}
 
 
-def stages_of(variant) -> dict:
-    """Configurations of the GEMMs that a variant has, by the ends of their kernels' names."""
-    stages = {"gemm1": variant.ungated_gemm1, "gemm1_gated": variant.gemm1, "gemm2": variant.gemm2}
-    stages |= {"gemm2_short": variant.gemm2_short, "gemm_pair": variant.gemm_pair if variant.meets_few_tokens else None}
-    return {stage: config for stage, config in stages.items() if config is not None}
+@functools.cache  # disassembling takes seconds
+def hoppers_gemms(weight_format) -> list[tuple]:
+    """Name, configuration and disassembly of the GEMMs that ship."""
+    pytest.importorskip("tvm")
+    from tvmmoe import build
+    from tvmmoe.kernels import nvcc
+
+    target, gemms = build.CUDA_TARGETS["sm90a"], []
+    kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
+    for variant in build.shipped_variants(target, weight_format):
+        stages = {"gemm1": variant.ungated_gemm1, "gemm1_gated": variant.gemm1, "gemm2": variant.gemm2}
+        stages |= {"gemm2_short": variant.gemm2_short, "gemm_pair": variant.gemm_pair if variant.meets_few_tokens else None}
+        names = {f"{variant.symbol}_{stage}": config for stage, config in stages.items() if config is not None}
+        gemms += [(name, config, kernels[name]) for name, config in names.items()]
+    return gemms
 
 
 @pytest.mark.parametrize("weight_format", WeightFormat)
 def test_hoppers_tma_warp_keeps_its_state_in_uniform_registers(weight_format):
     """A branch more where tiles are looked up, and ptxas moves every operand of a TMA from a register of each lane (R2UR)
     before it: six moves a TMA, not one, which took 4 to 6 % more time on the H100, and nothing but time."""
-    pytest.importorskip("tvm")
-    from tvmmoe import build
-    from tvmmoe.kernels import nvcc
-
-    target = build.CUDA_TARGETS["sm90a"]
-    kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
     checked = 0
-    for variant in build.shipped_variants(target, weight_format):
-        for stage, config in stages_of(variant).items():
-            if config.is_issued_by_warp and config.cluster == 1:
-                name = f"{variant.symbol}_{stage}"
-                moves, loads = (len(re.findall(rf"\b{opcode}\b", kernels[name])) for opcode in ("R2UR", "UTMALDG"))
-                assert 0 < loads and (moves <= 2 * loads) == (name not in MANY_MOVES), (name, moves, loads)
-                checked += 1
+    for name, config, sass in hoppers_gemms(weight_format):
+        if config.is_issued_by_warp and config.cluster == 1:
+            moves, loads = (len(re.findall(rf"\b{opcode}\b", sass)) for opcode in ("R2UR", "UTMALDG"))
+            assert 0 < loads and (moves <= 2 * loads) == (name not in MANY_MOVES), (name, moves, loads)
+            checked += 1
     assert checked >= 10
 
 
@@ -190,23 +193,15 @@ def uniform_moves_of_loads(sass: str) -> list[str]:
 def test_hoppers_consumers_do_not_wait_for_what_their_epilogue_needs(weight_format):
     """What they load in front of the main loop arrives under it, unless ptxas takes it for uniform: each tile of gpt-oss
     then waited for a clamp limit (7 % of a GEMM at 16 columns)."""
-    pytest.importorskip("tvm")
-    from tvmmoe import build
-    from tvmmoe.kernels import nvcc
-
     load, move = ("        /*0010*/   @P0 LDG.E R25, desc[UR38][R24.64] ;\n", "        /*0020*/   @P0 R2UR UR16, R25 ;\n")
     assert len(uniform_moves_of_loads(load + move)) == 1
     assert not uniform_moves_of_loads(load + "        /*0018*/   IADD3 R25, R24, 0x1, RZ ;\n" + move)
-    target = build.CUDA_TARGETS["sm90a"]
-    kernels = nvcc.sass_by_kernel(MANIFEST.folder / target.name / target.build.file_name(weight_format))
     checked = 0
-    for variant in build.shipped_variants(target, weight_format):
-        for stage, config in stages_of(variant).items():
-            if config.mi * config.tile_m <= 64:  # as GroupedGemm.is_state_early
-                name = f"{variant.symbol}_{stage}"
-                _, consumers = kernels[name].split("USETMAXREG.TRY_ALLOC")
-                assert "LDG" in consumers and not uniform_moves_of_loads(consumers), name
-                checked += 1
+    for name, config, sass in hoppers_gemms(weight_format):
+        if config.loads_state_early:
+            _, consumers = sass.split("USETMAXREG.TRY_ALLOC")
+            assert "LDG" in consumers and not uniform_moves_of_loads(consumers), name
+            checked += 1
     assert checked >= 14
 
 

@@ -103,8 +103,6 @@ class GroupedGemm(Multiply, Epilogue):
         # _token_bytes, _token_map and _multiply each choose a tile's width, and pieces start at whole atoms of the swizzle.
         assert c.widths == tuple(range(c.widths[0], c.tile_m + 1, c.width_step)), c
         assert c.widths[0] % c.width_step == c.width_step % 8 == 0, c
-        # Small accumulators leave registers to fetch the epilogue's operands before the main loop (_early_expert says how).
-        self.is_state_early = c.mi * self.acc_count <= 32 and c.cluster == 1
         self.registers = c.registers
         # Not in gemm2, whose tiles have few stages: what loads too late there costs more than it saves.
         self.held_stages = 1 if problem.knows_tiles else c.held_scale_stages
@@ -530,7 +528,7 @@ class GroupedGemm(Multiply, Epilogue):
         c = self.c
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
-            state = self.p.begin_tile(self, tile, self._early_expert(tile)) if self.is_state_early else None
+            state = self.p.begin_tile(self, tile, self._early_expert(tile)) if c.loads_state_early else None
             self._multiply(tile, c.widths)
             self._release_last()
             if c.reads_tile_again:

@@ -134,6 +134,12 @@ class GemmConfig:
         return max(1, 16 // self.stage_scale_bytes) if 64 <= self.tile_m < 128 else 1
 
     @property
+    def loads_state_early(self) -> bool:
+        """Whether consumers load what the epilogue needs before the main loop: small accumulators leave registers for it, and
+        outside of clusters GroupedGemm._early_expert keeps ptxas from waiting."""
+        return self.mi * self.tile_m <= 64 and self.cluster == 1
+
+    @property
     def is_streamed(self) -> bool:
         """Whether weights are the first to leave L2. Beside many tokens they would leave before their line is used up."""
         return self.tile_m <= 32

@@ -78,7 +78,6 @@ class Fp8Gemm(GroupedGemm):
         assert config.weight_format == WeightFormat.mxfp4, config
         super().__init__(a, config, problem)
         self.promoted_blocks = promoted_blocks  # K blocks that the tensor core sums: 1 or 2
-        self.is_state_early = False
         self.registers = 56, 224  # 384 * 168 in all: scale warps look at whole rows and take what the sums leave
 
     def reserved_bytes(self) -> int:
