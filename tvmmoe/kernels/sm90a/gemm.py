@@ -524,18 +524,6 @@ class GroupedGemm(Multiply, Epilogue):
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)
         ]
 
-    def _multiply_tiles(self) -> None:
-        c = self.c
-        with while_(self.scheduler.is_left):
-            tile = self.scheduler.tile
-            state = self.p.begin_tile(self, tile, self._early_expert(tile)) if c.loads_state_early else None
-            self._multiply(tile, c.widths)
-            self._release_last()
-            if c.reads_tile_again:
-                self.scheduler.read_again()
-            self._epilogue(tile, state)
-            self.scheduler.advance()
-
     def _skew(self, r: int):
         start = self.p.scales + cast(self.p.row_modulo_8(self, r) * self.scale_row_bytes, "int64")
         return cast(start & T.int64(self.c.scale_granule - 1), "int32")

@@ -34,11 +34,12 @@ from tvmmoe.kernels.sm90a.trace import (
     shuffle,
     store,
     u32,
+    while_,
 )  # fmt: skip
 
 
 class Multiply:
-    """The part of :class:`tvmmoe.kernels.sm90a.gemm.GroupedGemm` in front of the epilogue."""
+    """The part of :class:`tvmmoe.kernels.sm90a.gemm.GroupedGemm` that goes from tile to tile, up to the epilogue."""
 
     def _allot_operands(self) -> None:
         """Registers and addresses of the operands."""
@@ -50,6 +51,42 @@ class Multiply:
         self.words = [[regs(4, "uint32") for _ in range(2)] for _ in range(c.mi)]
         self.fragments = [[regs(8 * c.words_per_group, "uint32") for _ in range(c.mi)] for _ in range(1 + c.is_overlapped)]
         self.descriptor_base = let(isa.shared_descriptor_base(self.xs.ptr_to([0])))
+
+    def _multiply_tiles(self) -> None:
+        with while_(self.scheduler.is_left):
+            if self.may_lack_rows:
+                has_rows = self.p.is_out_column(self.p.out_column(self, self.scheduler.tile))
+                if_else(has_rows, self._compute_tile, self._pass_over_tile)
+            else:
+                self._compute_tile()
+            self.scheduler.advance()
+
+    @property
+    def may_lack_rows(self) -> bool:
+        """Whether a warpgroup may have no rows in the last row block and then leaves the SM to the others.
+
+        In gemm2: of 2880 rows the last block of 256 has one warpgroup's. Those of gemm1's are of all four, 256 columns gain
+        nothing (the power limit), and warpgroups that split K have the same rows.
+        """
+        c = self.c
+        return self.p.number == 1 and c.rows > 64 and c.ks == c.cluster == 1
+
+    def _compute_tile(self) -> None:
+        c, tile = self.c, self.scheduler.tile
+        state = self.p.begin_tile(self, tile, self._early_expert(tile)) if c.loads_state_early else None
+        self._multiply(tile, c.widths)
+        self._release_last()
+        if c.reads_tile_again:
+            self.scheduler.read_again()
+        self._epilogue(tile, state)
+
+    def _pass_over_tile(self) -> None:
+        """Release the tile's stages as they come."""
+        with for_(self.k_steps):
+            cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+            cuda.warp_sync()  # before one lane tells that all have seen it
+            self._release(self.stage)
+            self._advance()
 
     def _multiply(self, tile: Tile, widths) -> None:
         """Main loop at the smallest of ``widths`` that holds the tile's rows."""

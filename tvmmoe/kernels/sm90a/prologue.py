@@ -5,7 +5,7 @@
                more CTA writes ids and weights, which only finalize reads
     arrange    permute and gather as one kernel, after route. Each CTA reads the choices of all tokens
 
-    grid       num_tokens * ceil(H / 2048) CTAs of 8 warps; a thread gathers 8 columns of the CTA's token
+    grid       num_tokens * ceil(H / 4096) CTAs of 16 warps; a thread gathers 8 columns of the CTA's token
     place      a warp a slot: rank = pairs of the expert before this one, first tile = tiles of lower experts, both
                summed over 32 lanes
 
@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
 from tvmmoe.kernels.sm90a.permute import rows_per_tile, write_num_tiles
-from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, THREADS, WARPS, Router
+from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, Router
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
     I,
@@ -38,7 +38,9 @@ from tvmmoe.kernels.sm90a.trace import (
     warp_add_s32,
 )  # fmt: skip
 
-MAX_TOKENS = 16  # of prologue: two a warp
+WARPS = 16
+THREADS = 32 * WARPS
+MAX_TOKENS = WARPS  # of prologue: one a warp; two take 1.5 % of 16 tokens' time
 FEW_TOKENS = 2  # of gemm_pair
 MAX_PAIRS = 2048  # of arrange
 COLUMNS = THREADS * 8
@@ -59,7 +61,7 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     segments = segments_of(a, COLUMNS)
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
-        router = Router(a, smem, MAX_TOKENS)
+        router = Router(a, smem, MAX_TOKENS, THREADS)
         placement = Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K, clears_z_blocks="z_blocks" in a.ws)
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
@@ -73,14 +75,12 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
         chunk.load()
         router.write_keys()
         cuda.cta_sync()
-        with for_((num_tokens + WARPS - 1) // WARPS) as i:
-            routed = let(i * WARPS + thread.warp)
-            with if_(routed < num_tokens):
-                expert, share = router.choose(routed)
-                with if_(token == num_tokens):
-                    router.write(routed, expert, router.weigh(routed, expert, share))
-                with if_(thread.lane < router.top_k):
-                    placement.put(routed * router.top_k + thread.lane, expert)
+        with if_(thread.warp < num_tokens):
+            expert, share = router.choose(thread.warp)
+            with if_(token == num_tokens):
+                router.write(thread.warp, expert, router.weigh(thread.warp, expert, share))
+            with if_(thread.lane < router.top_k):
+                placement.put(thread.warp * router.top_k + thread.lane, expert)
         cuda.cta_sync()
         with if_(token < num_tokens):
             placement.place(token, segment == 0)

@@ -70,8 +70,8 @@ def _best(keys) -> tuple:
 class Router:
     """Scores, keys and choices of the tokens ``first`` ... ``first + num_tokens`` - 1 of a CTA."""
 
-    def __init__(self, a, smem: Smem, max_tokens: int):
-        self.a = a
+    def __init__(self, a, smem: Smem, max_tokens: int, threads: int = THREADS):
+        self.a, self.threads = a, threads
         self._keys, self._group_keys = (smem.alloc(ENTRIES, "int32", 128) for _ in range(2))
         self._scores = smem.alloc(ENTRIES, "float32", 128)
         self._is_open = smem.alloc(ENTRIES, "uint8", 128)
@@ -117,8 +117,8 @@ class Router:
         count = let(self.num_tokens * self.num_experts)
         start = let(cast(self.first, "int64") * a.num_experts)
         has_bias = let(cast(T.And(self.is_method(Method.DeepSeekV3, Method.MiniMax2), a.routing_bias != 0), "int32"))
-        with for_((count + THREADS * BATCH - 1) // (THREADS * BATCH)) as batch:
-            places = [let((batch * BATCH + i) * THREADS + self.thread.tid) for i in range(BATCH)]
+        with for_((count + self.threads * BATCH - 1) // (self.threads * BATCH)) as batch:
+            places = [let((batch * BATCH + i) * self.threads + self.thread.tid) for i in range(BATCH)]
             inside = [let(T.min(place, count - 1)) for place in places]
             logits = [self._raw(a.routing_logits, a.logits_is_bf16, start + cast(i, "int64")) for i in inside]
             biases = [scalar("uint32", u32(0)) for _ in inside]
