@@ -65,11 +65,10 @@ class Multiply:
     def may_lack_rows(self) -> bool:
         """Whether a warpgroup may have no rows in the last row block and then leaves the SM to the others.
 
-        In gemm2: of 2880 rows the last block of 256 has one warpgroup's. Those of gemm1's are of all four, 256 columns gain
-        nothing (the power limit), and warpgroups that split K have the same rows.
+        In gemm2: of 2880 rows the last block of 256 has one warpgroup's. gemm1's last columns are spread over all four. Not
+        asked where warpgroups split K, and no gain at 256 columns (clusters), at the power limit.
         """
-        c = self.c
-        return self.p.number == 1 and c.rows > 64 and c.ks == c.cluster == 1
+        return self.p.number == 1 and self.c.ks == self.c.cluster == 1
 
     def _compute_tile(self) -> None:
         c, tile = self.c, self.scheduler.tile
