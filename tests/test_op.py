@@ -215,10 +215,11 @@ def test_op_is_registered_and_compiles(device):
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_with_changed_inputs():
-    cases = [make_case(num_tokens=12, seed=seed, device="cuda") for seed in range(4)]
+@pytest.mark.parametrize("num_tokens", [1, 2, 12])
+def test_cuda_graph_replays_with_changed_inputs(num_tokens):
+    cases = [make_case(num_tokens=num_tokens, seed=seed, device="cuda") for seed in range(4)]
     live = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in cases[0].items()}
-    output = torch.empty(12, 128, dtype=torch.bfloat16, device="cuda")
+    output = torch.empty(num_tokens, 128, dtype=torch.bfloat16, device="cuda")
     tvmmoe.trtllm_fp4_block_scale_moe(**live, output=output)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -17,9 +17,9 @@ from tvmmoe.testing import Case, make_case, rel_l2
 
 tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
-from tvmmoe.kernels.sm90a import gemm, simulate  # noqa: E402
+from tvmmoe.kernels.sm90a import gemm, gemm_pair, simulate  # noqa: E402
 from tvmmoe.kernels.sm90a.operator import hand_chosen  # noqa: E402
-from tvmmoe.kernels.sm90a.trace import cuda  # noqa: E402
+from tvmmoe.kernels.sm90a.trace import I, cast, cuda, if_, let, ptx, u32  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
 # (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5, or 12 where rows of scales are
@@ -147,6 +147,20 @@ def test_stages_are_released_after_their_last_matrices(name, monkeypatch, tmp_pa
     monkeypatch.setattr(gemm.GroupedGemm, "_load_columns", load_columns)
     monkeypatch.setattr(gemm.GroupedGemm, "_release", lambda self, stage: None)
     assert races(name, tmp_path)[0] > 0
+
+
+def test_parts_are_reported_before_the_listener_is_woken(monkeypatch, tmp_path):
+    def send(self, turn, token_tile, thread):
+        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        cuda.mbarrier_wait(self._taken.ptr_to([place]), parity ^ u32(1))
+        cuda.warp_sync()
+        with if_(thread.lane == 0):
+            ptx.mbarrier.arrive.shared.b64(self._sent.ptr_to([place]), u32(1))
+            with if_(thread.warp % 4 == 0):
+                I.buffer_store(self._tiles, token_tile, [place])
+
+    monkeypatch.setattr(gemm_pair.Report, "send", send)
+    assert races("pair", tmp_path)[0] > 0
 
 
 def test_scales_by_tma_go_where_nobody_reads(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType, WeightFormat
 from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels.sm90a import layout
-from tvmmoe.reference import moe_ref
+from tvmmoe.reference import moe_ref, permute_ref
 from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch
 from tvmmoe.workspace import max_num_tiles
 
@@ -68,14 +68,21 @@ CASES = {
     # (gemm1 at 8 columns alone: others have 8 bytes a stage without a gate)
     "nvfp4_aligned_ungated": dict(weight_format=NV, activation=ActivationType.Relu2, hidden_size=1280, num_experts=4),
 }  # fmt: skip
-# A token or two: at 8 columns, gated and without per-token scales, both GEMMs are one kernel.
+# A token or two: at 8 columns, gated and without per-token scales, routing and both GEMMs are one kernel, of up to 32 pairs
+# and 256 experts.
 FEW_TOKENS = {
     "two_tokens": dict(num_tokens=2, hidden_size=416, intermediate_size=352, has_gemm1_bias=True, has_gemm2_bias=True),
     "gpt_oss": dict(CASES["gpt_oss"], num_tokens=2, num_experts=16),
     "many_items": dict(num_tokens=1, hidden_size=4128, intermediate_size=2080, num_experts=32, top_k=8),
     "geglu": dict(num_tokens=2, activation=ActivationType.Geglu, hidden_size=160, intermediate_size=1056),
     "relu2": dict(num_tokens=2, activation=ActivationType.Relu2),
-    "top_32": dict(num_tokens=2, num_experts=64, top_k=32, hidden_size=96),
+    "top_32": dict(num_tokens=1, num_experts=64, top_k=32, hidden_size=96),
+    "most_pairs": dict(num_tokens=2, num_experts=24, top_k=16, hidden_size=96),
+    "one_expert": dict(num_tokens=2, num_experts=1, top_k=1, hidden_size=160),
+    "more_pairs": dict(num_tokens=2, num_experts=64, top_k=17, hidden_size=96),
+    "most_experts": dict(num_tokens=2, num_experts=256, top_k=8, hidden_size=96, routing_method=Method.DeepSeekV3,
+                         n_group=8, topk_group=4, routed_scaling_factor=2.5, routing_bias_dtype=torch.float32),
+    "more_experts": dict(num_tokens=1, num_experts=264, top_k=8, hidden_size=96, routing_method=Method.Default),
     "experts_5_to_11": dict(num_tokens=2, local_expert_offset=5, local_num_experts=7),
     "none_ours": dict(num_tokens=2, top_k=1, local_expert_offset=15, local_num_experts=1, hidden_size=1056),
     "hardly_ours": dict(num_tokens=1, local_expert_offset=14, local_num_experts=1, hidden_size=96),
@@ -103,16 +110,18 @@ def test_k_order_covers_a_block_once():
     assert sorted(map(layout.k_of_position, range(layout.K_BLOCK))) == list(range(layout.K_BLOCK))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 37])
 @pytest.mark.parametrize("tile_m", TILES)
-def test_workspace_slices_are_aligned_and_disjoint(tile_m):
-    pieces, total = layout.slices(37, 4, 2880, 352, 16, tile_m)
+def test_workspace_slices_are_aligned_and_disjoint(tile_m, num_tokens):
+    pieces, total = layout.slices(num_tokens, 4, 2880, 352, 16, tile_m)
     shared = pieces.pop("gemm2_output")
-    assert shared == pieces["x"] and shared.num_bytes >= tile_m * max_num_tiles(148, 16, tile_m) * 2880 * 2
+    assert shared == pieces["x"] and shared.num_bytes >= tile_m * max_num_tiles(4 * num_tokens, 16, tile_m) * 2880 * 2
+    assert pieces["few_rows"].num_bytes == min(num_tokens, layout.FEW_TOKENS) * layout.FEW_ROWS * 2944 * 2
     ends = [0]
     for piece in sorted(pieces.values(), key=lambda piece: piece.offset):
         assert piece.offset % 128 == 0 and piece.offset >= ends[-1]
         ends.append(piece.offset + piece.num_bytes)
-    assert ends[-1] <= total == layout.workspace_bytes(37, 4, 2880, 352, 16, tile_m)
+    assert ends[-1] <= total == layout.workspace_bytes(num_tokens, 4, 2880, 352, 16, tile_m)
 
 
 def test_manifest_ranges_touch_and_end_in_a_catch_all():
@@ -139,11 +148,12 @@ def entry(weight_format: WeightFormat, tile_m: int):
 
 
 def call(
-    case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None, output_width: int | None = None
+    case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None, output_width: int | None = None, workspace=None
 ) -> list[torch.Tensor]:
     """Run one variant (``function``, or that of the artifacts) on poisoned workspace and results; the ids are the last.
 
-    ``output_width`` are the columns of the output, if they are fewer than the hidden size.
+    ``output_width`` are the columns of the output, if they are fewer than the hidden size; ``workspace`` is one that another
+    call has left.
     """
     tokens, hidden_size, pairs = case.num_tokens, case.hidden_size, case.num_tokens * case.top_k
     output_width = output_width or hidden_size
@@ -175,10 +185,11 @@ def call(
         do_finalize=do_finalize,
         enable_pdl=True,
     )
-    size = layout.workspace_bytes(
-        tokens, case.top_k, hidden_size, case.intermediate_size, case.num_local_experts, tile_m
-    )
-    workspace = poison(make(size, dtype=torch.uint8))
+    if workspace is None:
+        sizes = tokens, case.top_k, hidden_size, case.intermediate_size, case.num_local_experts, tile_m
+        pieces, size = layout.slices(*sizes)
+        workspace = poison(make(size, dtype=torch.uint8))
+        workspace[pieces["num_tiles"].offset :][:4] = 0  # poison is what tells finalize to wait
     scale = kwargs["routed_scaling_factor"]
     (function or entry(case.weight_format, tile_m))(
         workspace,
@@ -234,7 +245,7 @@ class TestFewTokens:
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("num_tokens", [9, 65, 600], ids=["prologue", "route", "several_a_cta"])
+@pytest.mark.parametrize("num_tokens", [2, 9, 65, 600], ids=["few", "prologue", "route", "several_a_cta"])
 @pytest.mark.parametrize("name", ROUTES)
 class TestRoutes:
     pytestmark = on_hopper
@@ -307,14 +318,80 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
     "name, case_name",
     [
         *itertools.product(["m8", "m8_early"], [
-            "gpt_oss", "geglu", "relu2", "top_32", "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd",
-            "mxfp8_relu2"]),
+            "gpt_oss", "geglu", "relu2", "top_32", "most_pairs", "one_expert", "more_pairs", "most_experts",
+            "more_experts", "experts_5_to_11",            "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd", "mxfp8_relu2"]),
         *itertools.product(["m8_nvfp4"], ["nvfp4_weights", "nvfp4", "nvfp4_per_token"]),
     ],
 )  # fmt: skip
 def test_simulated_pair_matches_reference(name, case_name, folder):
     """CTA after CTA, so what one waits for must not be left to another."""
     check_simulated(name, BASE, FEW_TOKENS[case_name], folder, is_zero=case_name == "none_ours")
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_simulated_pair_routes_as_the_reference(name, logits_dtype, folder):
+    sizes = dict(num_tokens=2, hidden_size=64, intermediate_size=64, num_experts=128, logits_dtype=logits_dtype)
+    case = Case(**vars(BASE) | sizes | ROUTES[name])
+    kwargs, replay = make_case(case), torch.empty(2, case.top_k, dtype=torch.int16)
+    expected = moe_ref(**kwargs | dict(do_finalize=False, routing_replay_out=replay), tile_m=8)
+    _, weights, rows, ids = call(case, kwargs, 8, do_finalize=False, function=simulated(MX, 8, False, folder))
+    assert torch.equal(ids, replay) and torch.equal(weights, expected[1]) and torch.equal(rows, expected[2])
+
+
+FOLLOWING = [dict(num_tokens=1), dict(num_tokens=2), dict(num_tokens=2, activation=ActivationType.Relu2),
+             dict(num_tokens=3), dict(num_tokens=1)]  # fmt: skip
+
+
+def calls_that_follow(make_kwargs, **options) -> None:
+    """Calls by one kernel or by many find the workspace as the one before left it, and compute what they do in a new one."""
+    cases = [Case(**vars(BASE) | changes | dict(seed=seed)) for seed, changes in enumerate(FOLLOWING)]
+    given = [make_kwargs(case) for case in cases]
+    alone = [call(case, kwargs, 8, do_finalize=True, **options)[0] for case, kwargs in zip(cases, given, strict=True)]
+    workspace = poison(torch.empty(1 << 20, dtype=torch.uint8, device=given[0]["hidden_states"].device))
+    options["workspace"] = workspace
+    after = [call(case, kwargs, 8, do_finalize=True, **options)[0] for case, kwargs in zip(cases, given, strict=True)]
+    for first, second in zip(alone, after, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+def test_simulated_calls_follow_each_other(folder):
+    calls_that_follow(make_case, function=simulated(MX, 8, False, folder))
+
+
+@pytest.mark.gpu
+@skip_unless_arch("sm90a")
+def test_calls_follow_each_other():
+    def on_device(case):
+        return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in make_case(case).items()}
+
+    for _ in range(8):
+        calls_that_follow(on_device)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("num_tokens, top_k", [(1, 24), (2, 15)])
+def test_simulated_pair_computes_an_expert_that_is_chosen_often(num_tokens, top_k, folder):
+    """Keys of NaNs with all bits set are those of closed experts: who wants more than the others gets the last one again and
+    again, in rows of several tiles, of one token or of both."""
+    num_others = 4 * num_tokens
+    sizes = dict(num_tokens=num_tokens, num_experts=32, hidden_size=96, intermediate_size=160)
+    often, once = (Case(**vars(BASE) | sizes | dict(top_k=k)) for k in (top_k, num_others + 1))
+    kwargs, function = make_case(once), simulated(MX, 8, False, folder)
+    logits = kwargs["routing_logits"] = kwargs["routing_logits"].float()
+    logits[:, num_others:] = -1e3
+    logits[:, -1] = -1e2
+    run = functools.partial(call, tile_m=8, do_finalize=False, function=function)
+    expected, _, expected_rows, expected_ids = run(once, kwargs)
+    logits[:, num_others:].view(torch.int32).fill_(-1)
+    actual, _, rows, ids = run(often, kwargs | dict(top_k=top_k))
+    assert torch.equal(ids[:, : num_others + 1], expected_ids) and (ids[:, num_others:] == 31).all()
+    segments = permute_ref(ids.int(), local_num_experts=32, tile_m=8)[0]
+    assert torch.equal(rows, segments.flatten())
+    same = expected_rows.view(num_tokens, -1)[:, torch.arange(top_k).clamp(max=num_others)]
+    assert torch.equal(actual[rows.view(num_tokens, -1).long()], expected[same.long()])
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")

@@ -17,9 +17,8 @@ from tvmmoe.kernels.sm90a import build as sm90a_build
 from tvmmoe.kernels.sm90a import gemm_config as kernel
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
-from tvmmoe.kernels.sm90a.layout import slices
+from tvmmoe.kernels.sm90a.layout import FEW_TOKENS, slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, Arguments, hand_chosen
-from tvmmoe.kernels.sm90a.prologue import FEW_TOKENS
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
 from tvmmoe.kernels.sm90a.trace import kernel as kernel_of

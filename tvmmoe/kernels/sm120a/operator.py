@@ -77,7 +77,6 @@ class Arguments:
         for name in (*abi.POINTERS, *abi.INTS):
             setattr(self, name, I.arg(name, I.int64()))
         self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
-        self.output_pitch = self.hidden_size  # from row to row of gemm2_output
         self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
         sizes = (self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size, self.local_num_experts)
         pieces, _ = slices(*sizes, tile_m, weight_format, T.min)

@@ -12,6 +12,7 @@ A slot of another rank (row -1) contributes nothing; a token with none of ours g
 from tvm.script import tirx as T
 
 from tvmmoe.kernels import numerics
+from tvmmoe.kernels.sm90a.few_tokens import wait_for_results
 from tvmmoe.kernels.sm90a.gather import pack_bf16
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
@@ -59,7 +60,7 @@ def _add_slots(a, row, weight, first, column, sums) -> None:
     for each in rows:
         words = regs(4, "uint32")
         with if_(T.And(each >= 0, column < a.output_hidden_size)):
-            offset = cast(each, "int64") * a.output_pitch + column
+            offset = cast(each, "int64") * a.hidden_size + column
             load_vec4(address(a.result("gemm2_output"), offset * 2), into=words)
         data.append(words)
     for number, (each, words) in enumerate(zip(rows, data, strict=True)):
@@ -73,7 +74,7 @@ def _add_slots(a, row, weight, first, column, sums) -> None:
 
 
 def finalize(a, knows_rows: bool = False) -> None:
-    """Emit the kernel; ``knows_rows``: all kernels but the last before it have ended when it starts."""
+    """Emit the kernel; ``knows_rows``: those that write slots have ended when it starts, or are gemm_pair."""
     width = a.output_hidden_size
     segments = (width + COLUMNS - 1) // COLUMNS
     with kernel("finalize", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
@@ -83,6 +84,7 @@ def finalize(a, knows_rows: bool = False) -> None:
         for i in range(8):
             store(sums, T.float32(0), i)
         if knows_rows:
+            wait_for_results(a)
             row, weight = _slot(a, token, thread.lane, PAST_L1)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()

@@ -133,12 +133,17 @@ class Chunk:
         with if_(self.column < self.a.hidden_size):
             self.encoded.load(self.a, self.token, self.column, space)
 
-    def write(self, row_of_slot) -> None:
-        """Store the chunk, decoded and in K order, to every row of the token, and the rows' scale once."""
-        a, width = self.a, padded(self.a.hidden_size)
+    def operand(self):
+        """What was loaded, decoded and in K order: four words."""
         words = self.encoded.decode()
         to_pairs(words)
         exchange_quad(words, self.thread.lane)
+        return words
+
+    def write(self, row_of_slot) -> None:
+        """Store the chunk, decoded and in K order, to every row of the token, and the rows' scale once."""
+        a, width = self.a, padded(self.a.hidden_size)
+        words = self.operand()
         with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
             rows = []
             for i in range(SLOTS_AT_ONCE):

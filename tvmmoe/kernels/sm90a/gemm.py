@@ -8,7 +8,7 @@
     next warp    TMA: weights [rows, 64 bytes] of a K block, tokens [width, 128 bytes] of all halves of a stage's K blocks (of
                  one at 8 columns and in clusters), with 128-byte swizzle
                  of nvfp4 a stage's scales, too [rows, 16 or 32 bytes], where loads_scales_by_tma and rows are aligned
-    last 3 warps otherwise scale bytes of the tile's rows by cp.async, up to 16 at a time where rows are aligned; mxfp4's
+    last 3 warps (2 in gemm_pair) otherwise scale bytes of the tile's rows by cp.async, up to 16 at a time if aligned; mxfp4's
                  aligned rows in gemm1 at 64 and 96 columns pass through registers, several stages at once
     store        bias, activation and scales on accumulators, then rows of bf16: gemm_epilogue.py
 
@@ -16,9 +16,9 @@
     ks = 2, 4    that many own the same 64 * mi rows and share the K blocks of a stage, partial sums meet in shared
                  memory: more, smaller tiles for decode
 
-A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and 96 of the scale warps or for them; its empty
-barrier one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes there are
-zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
+A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and one of each lane of the scale warps or for it;
+its empty barrier one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes
+there are zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
 
 A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
@@ -62,7 +62,6 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 SMEM_ADDRESS_BITS = 18  # more than 227 KiB; in a cluster the CTA's rank is at bit 24
-SCALE_LANES = 96  # three warps copy scales
 
 
 class Work(NamedTuple):
@@ -86,6 +85,8 @@ class Work(NamedTuple):
 class GroupedGemm(Multiply, Epilogue):
     """Emits one kernel; ``problem`` (gemm1, gemm2) says which rows a tile has and what happens to accumulators."""
 
+    scale_lanes = 96  # three warps copy scales
+    initializing_thread = 0  # of barriers
     token_dtype, token_bytes = "bfloat16", 2  # of the operand; its rows are 2 * padded_k bytes apart in any case
 
     def __init__(self, a, config: GemmConfig, problem):
@@ -145,12 +146,16 @@ class GroupedGemm(Multiply, Epilogue):
 
     def _token_maps(self, p) -> tuple:
         """A map for each width, whose box is a stage's columns; or one for boxes of ``width_step`` rows of 128 bytes."""
-        c, row, rows = self.c, 128 // self.token_bytes, self.a.max_tiles * self.c.tile_m
+        c, row, rows = self.c, 128 // self.token_bytes, self._num_token_rows(p)
         encode = functools.partial(tensor_map, address(p.operand), dtype=self.token_dtype, swizzle=3)
         if not c.loads_columns_at_once:
             return (encode([p.padded_k, rows], [2 * p.padded_k], [row, c.width_step]),)
         dims, strides = [row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)]
         return tuple(encode(dims, strides, [row, width, self.token_pieces]) for width in c.widths)
+
+    def _num_token_rows(self, p):
+        """Of the problem's operand."""
+        return self.a.max_tiles * self.c.tile_m
 
     def _x_piece(self, width: int) -> int:
         """Bytes from one 128-byte piece of a stage's tokens to the next."""
@@ -221,10 +226,10 @@ class GroupedGemm(Multiply, Epilogue):
         smem.commit()
         self._initialize()
         self.scheduler.initialize()
-        with if_(self.thread.tid == 0):
+        with if_(self.thread.tid == self.initializing_thread):
             releases = u32(4 * self.c.warpgroups * self.c.cluster)
             for i in range(s):
-                ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + SCALE_LANES))
+                ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + self.scale_lanes))
                 ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), releases)
             ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), releases)
             ptx.fence.mbarrier_init.release.cluster()
@@ -276,11 +281,15 @@ class GroupedGemm(Multiply, Epilogue):
             with if_(cuda.elect_sync() != u32(0)):
                 self._issue_loads(T.bool(True))
 
+    @staticmethod
+    def _prefetch_maps(work: Work) -> None:
+        for tensor in work.maps:
+            ptx.prefetch.tensormap(T.address_of(tensor))
+
     def _issue_loads(self, is_issuer) -> None:
         c = self.c
         with if_(is_issuer):
-            for tensor in self.work.maps:
-                ptx.prefetch.tensormap(T.address_of(tensor))
+            self._prefetch_maps(self.work)
         tiles = self.scheduler
         tiles.lead(is_issuer, PAST_L1 if self.p.knows_tiles else "global")
         early = scalar("int32", T.int32(0))  # stages whose weights are on their way
@@ -339,7 +348,7 @@ class GroupedGemm(Multiply, Epilogue):
             with if_(self.is_aligned):
                 place = [step * c.stage_scale_bytes, *coordinates]
                 isa.tma_load(len(place), self.ss.ptr_to([stage * self.s_stage]), T.address_of(self.scale_map), place, bar)
-                ptx.mbarrier.arrive.shared.b64(bar, u32(SCALE_LANES))
+                ptx.mbarrier.arrive.shared.b64(bar, u32(self.scale_lanes))
 
     def _token_map(self, x_bytes):
         """Address of the map for a tile whose stages have so many bytes of tokens."""
@@ -351,7 +360,7 @@ class GroupedGemm(Multiply, Epilogue):
     def _load_tokens(self, tile: Tile, step, x_bytes, token_map) -> None:
         """A stage's token boxes; the CTAs of a cluster share them, and all get all."""
         c, rank, box = self.c, self.scheduler.rank, self.c.width_step
-        first = tile.token_tile * c.tile_m
+        first = self._first_token_row(tile)
         if c.loads_columns_at_once:
             self._load_box(token_map, 0, [0, first, step * self.token_pieces])
             return
@@ -367,6 +376,10 @@ class GroupedGemm(Multiply, Epilogue):
         num_boxes = x_bytes // (self.token_pieces * 128 * box)
         with for_((num_boxes + (c.cluster - 1 - rank)) // c.cluster) as turn:
             load_rows((turn * c.cluster + rank) * box)
+
+    def _first_token_row(self, tile: Tile):
+        """Where the tile's tokens begin in the operand."""
+        return tile.token_tile * self.c.tile_m
 
     def _load_box(self, token_map, row, place) -> None:
         """A box to a row of 128 bytes in the stage."""
@@ -392,7 +405,7 @@ class GroupedGemm(Multiply, Epilogue):
 
     def _copy_scales_of_tiles(self, lane) -> None:
         c, row_bytes = self.c, cast(self.scale_row_bytes, "int64")
-        rows = [let(lane + SCALE_LANES * i) for i in range(-(-c.rows // SCALE_LANES))]
+        rows = [let(lane + self.scale_lanes * i) for i in range(-(-c.rows // self.scale_lanes))]
         with while_(self.scheduler.is_left):
             tile = self.scheduler.tile
             expert = let(self.p.scales + cast(tile.expert, "int64") * (self.p.rows_per_expert * row_bytes))
@@ -442,7 +455,7 @@ class GroupedGemm(Multiply, Epilogue):
     def _of_tile(self, rows, *others):
         """A lane's rows, each with what else is known of it, inside of a branch where not every lane has that many."""
         for i, of_row in enumerate(zip(rows, *others, strict=True)):
-            with contextlib.nullcontext() if SCALE_LANES * (i + 1) <= self.c.rows else if_(of_row[0] < self.c.rows):
+            with contextlib.nullcontext() if self.scale_lanes * (i + 1) <= self.c.rows else if_(of_row[0] < self.c.rows):
                 yield of_row
 
     def _copy_scales(self, step, rows, slots, starts) -> None:

@@ -28,7 +28,7 @@ class Gemm2(Results):
         self.k, self.padded_k, self.operand = a.intermediate_size, padded(a.intermediate_size), a.ws["z"]
         self.weights, self.scales = a.gemm2_weights, a.gemm2_weights_scale
         self.rows_per_expert = a.hidden_size
-        self.out, self.out_width = a.result("gemm2_output"), a.output_pitch
+        self.out, self.out_width = a.result("gemm2_output"), a.hidden_size
 
     def num_row_blocks(self, c: GemmConfig):
         return (self.rows_per_expert + c.rows - 1) // c.rows

@@ -40,7 +40,7 @@ from tvm.script import tirx as T
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
-from tvmmoe.kernels.sm90a.gemm import SCALE_LANES, GroupedGemm
+from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
@@ -99,7 +99,7 @@ class Fp8Gemm(GroupedGemm):
         with if_(self.thread.tid == 0):
             I.buffer_store(self.sign_test, u32(fp8.SIGN_TEST), [0])
             for i in range(INFO_BUFFERS):
-                ptx.mbarrier.init.shared.b64(self.info_full.ptr_to([i]), u32(SCALE_LANES))
+                ptx.mbarrier.init.shared.b64(self.info_full.ptr_to([i]), u32(self.scale_lanes))
                 ptx.mbarrier.init.shared.b64(self.info_empty.ptr_to([i]), u32(128 * self.c.warpgroups))
         with if_(self.thread.tid < fp8.TABLE_ENTRIES):
             fp8.write_table_entry(self.table, self.thread.tid)
@@ -128,7 +128,7 @@ class Fp8Gemm(GroupedGemm):
     def _describe_tokens(self, tile: Tile, lane, buffer, outside) -> None:
         """Factors of the tile's tokens; 0 says that the token is outside of the window."""
         c = self.c
-        for first in range(0, c.tile_m, SCALE_LANES):
+        for first in range(0, c.tile_m, self.scale_lanes):
             token = let(lane + first)
             factor = scalar("float32", T.float32(1))
             with if_(token < tile.num_rows):
@@ -185,7 +185,7 @@ class Fp8Gemm(GroupedGemm):
             tile = self.scheduler.tile
             self.buffer, parity = self._info()
             cuda.mbarrier_wait(self.info_full.ptr_to([self.buffer]), parity)
-            flags = [let(self.outside[self.buffer * 4 + warp]) for warp in range(SCALE_LANES // 32)]
+            flags = [let(self.outside[self.buffer * 4 + warp]) for warp in range(self.scale_lanes // 32)]
             self.is_outside = let(flags[0] | flags[1] | flags[2]) != 0
             for sums in (*self.acc, *self.part):
                 for i in range(self.acc_count):

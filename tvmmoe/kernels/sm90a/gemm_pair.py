@@ -1,43 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both grouped GEMMs as one kernel, for a token or two: there the gap between two kernels is a tenth of the time. With more
-other tiles hide it (T=4 1 %, T=16 5 % slower, gpt-oss-120b on an H100).
+"""Routing and both grouped GEMMs as one kernel, for a token or two: there the gap between two kernels is a tenth of the
+time. With more other tiles hide it (T=4 1 %, T=16 5 % slower, gpt-oss-120b on an H100).
 
+    tiles    each CTA lists them itself, before its warps part (few_tokens.Roster)
     items    those of gemm1, then those of gemm2, claimed from one counter; each role runs two loops, one after the other
-    z        whoever stores a part of it counts it (``z_blocks``, of every tile of tokens, which the prologue clears); gemm2
-             loads tokens once all are there, and before it asks for the first time, its weights
+    z        whoever has stored a part of it reports it (Report) to the producers' last warp, which counts it (``z_blocks``,
+             of every tile of tokens, cleared by prepare); gemm2 loads tokens once all are there, and before it asks for the
+             first time, its weights
 
 Every item is claimed by a CTA that runs, so what gemm2 waits for is under way, however few SMs are free. Writes of z reach
-the TMA of another SM by fence.proxy.async, release, acquire, fence.proxy.async.
+the TMA of another SM by fence.proxy.async, an mbarrier, release, acquire, fence.proxy.async.
 """
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
-from tvmmoe.kernels.sm90a import prologue
+from tvmmoe.kernels.sm90a.few_tokens import Roster, is_few
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Work
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
 from tvmmoe.kernels.sm90a.gemm1_quantized import QuantizedGemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
+from tvmmoe.kernels.sm90a.layout import FEW_ROWS
 from tvmmoe.kernels.sm90a.tile_scheduler import PairScheduler, Tile
-from tvmmoe.kernels.sm90a.trace import address, assign, cast, for_, if_, let, load, ptx, scalar, u32, while_
+from tvmmoe.kernels.sm90a.trace import (
+    I,
+    Smem,
+    address,
+    assign,
+    cast,
+    cuda,
+    for_,
+    if_,
+    if_else,
+    let,
+    load,
+    ptx,
+    scalar,
+    u32,
+    while_,
+)  # fmt: skip
 
 
 def is_served(a, is_gated):
     """Whether the kernel takes the call (host expression): few tokens, and z that gemm1 can store as gemm2 reads it."""
-    is_few = T.And(a.num_tokens <= prologue.FEW_TOKENS, prologue.is_small(a))
-    return T.And(is_few, T.And(is_gated, a.per_token_scale == 0))
+    return T.And(is_few(a), T.And(is_gated, a.per_token_scale == 0))
 
 
 class GemmPair(GroupedGemm):
     """Emits the kernel; while tracing, ``p`` is one problem after the other."""
 
+    scale_lanes = 64  # a row each; the last warp keeps the books
+
     def __init__(self, a, config: GemmConfig, form: ActivationFormat):
-        assert config.cluster == 1, config
+        self.initializing_thread = 128 * config.warpgroups  # which writes no keys
+        assert config.cluster == 1 and config.rows == self.scale_lanes and config.tile_m == FEW_ROWS, config
         super().__init__(a, config, Gemm2(a))  # whose results take more shared memory
         is_bf16 = form == ActivationFormat.bf16
         self.name = "gemm_pair" if is_bf16 else f"gemm_pair_{form.name}"
         self.problems = Gemm1(a, is_gated=True) if is_bf16 else QuantizedGemm1(a, form), self.p
+        self.problems[0].operand = a.ws["few_rows"]
 
     @property
     def has_scale_map(self) -> bool:
@@ -51,11 +73,47 @@ class GemmPair(GroupedGemm):
         maps, row_blocks = [self._maps(p) for p in self.problems], [self._row_blocks(p) for p in self.problems]
         with self._kernel(self.name):
             self._allocate()
-            ptx.griddepcontrol.wait()
             self.works = [self._begin(p, *m, self._k_steps(p)) for p, m in zip(self.problems, maps, strict=True)]
-            self.scheduler.begin_pair(*row_blocks)
+            self.scheduler.begin_pair(*row_blocks, self.roster)
+            self._find_tiles()
             self._use(self.works[0])
             self._run_roles()
+
+    def reserved_bytes(self) -> int:
+        return Roster.NUM_BYTES + Report.num_bytes(self.c)
+
+    def _allocate_more(self, smem: Smem) -> None:
+        super()._allocate_more(smem)
+        self.roster = Roster(self.a, smem, self.thread, (self.c.warpgroups + 1) * 128)
+        self.report = Report(smem, self.c)
+
+    def _initialize(self) -> None:
+        """Barriers, and keys for the choice of experts."""
+        super()._initialize()
+        with if_(self.thread.tid == self.initializing_thread):
+            self.report.initialize()
+        self.roster.write_keys()
+
+    def _find_tiles(self) -> None:
+        """List them, and claim the first item meanwhile."""
+        self.roster.choose()
+        with if_(self.thread.warp == 4 * self.c.warpgroups):
+            with if_(cuda.elect_sync() != u32(0)):
+                for work in self.works:
+                    self._prefetch_maps(work)
+                ptx.griddepcontrol.wait()
+                self.scheduler.claim(T.bool(True))
+        cuda.cta_sync()
+        with if_(self.thread.warp == 0):
+            self.roster.list_tiles()
+        cuda.cta_sync()
+        ptx.griddepcontrol.wait()  # which has been over for a while
+
+    def _num_token_rows(self, p):
+        return self.a.num_tokens * FEW_ROWS if p is self.problems[0] else super()._num_token_rows(p)
+
+    def _first_token_row(self, tile: Tile):
+        return self.scheduler.window if self.scheduler.wants_first else super()._first_token_row(tile)
 
     def _use(self, work: Work) -> None:
         super()._use(work)
@@ -69,10 +127,6 @@ class GemmPair(GroupedGemm):
         self._use(self.works[0])
 
     def _issue_loads(self, is_issuer) -> None:
-        with if_(is_issuer):
-            for work in self.works:
-                for tensor in work.maps:
-                    ptx.prefetch.tensormap(T.address_of(tensor))
         self.scheduler.lead(is_issuer, "global")
         early = scalar("int32", T.int32(0))
         self._in_turn(lambda: self._load_tiles(is_issuer, early))
@@ -100,15 +154,32 @@ class GemmPair(GroupedGemm):
         assign(self.stage, stage)
         assign(self.phase, phase)
 
-    def _count(self, tile: Tile):
+    def _count(self, token_tile):
         """Address of the number of stored parts of z of a tile of tokens."""
-        return address(self.a.ws["z_blocks"], cast(tile.token_tile, "int64") * 4)
+        return address(self.a.ws["z_blocks"], cast(token_tile, "int64") * 4)
 
     def _wait_for_tokens(self, tile: Tile) -> None:
         num_stored, expected = scalar("int32", T.int32(0)), let(self.scheduler.row_blocks * self.c.row_groups)
         with while_(num_stored < expected):
-            assign(num_stored, load("int32", self._count(tile), "acquire.gpu.global"))
+            assign(num_stored, load("int32", self._count(tile.token_tile), "acquire.gpu.global"))
         ptx["fence.proxy.async.global"]()
+
+    def _produce_scales(self, lane) -> None:
+        def keep_books():
+            with if_(self.thread.cta == 0):
+                self.roster.write_results()
+            self._count_parts()
+
+        if_else(lane < self.scale_lanes, lambda: super(GemmPair, self)._produce_scales(lane), keep_books)
+
+    def _count_parts(self) -> None:
+        """Count the parts of z that this CTA's consumers report, which need not wait until all can see what they stored."""
+        turn, tile = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
+        with while_(tile >= 0):
+            assign(tile, self.report.receive(turn, self.thread))
+            assign(turn, turn + 1)
+            with if_(T.And(tile >= 0, self.thread.lane == 0)):
+                ptx["red.release.gpu.global.add.u32"](self._count(tile), u32(1))
 
     def _copy_scales_of_tiles(self, lane) -> None:
         self._in_turn(lambda: super(GemmPair, self)._copy_scales_of_tiles(lane))
@@ -118,6 +189,8 @@ class GemmPair(GroupedGemm):
 
     def _multiply_tiles_of_one(self) -> None:
         if not self.scheduler.wants_first:
+            with if_(self.turn % self.c.warpgroups == self.warpgroup):  # whose report is the next one
+                self.report.send(self.turn, T.int32(-1), self.thread)
             self._place_rows()
         super()._multiply_tiles()
 
@@ -125,9 +198,48 @@ class GemmPair(GroupedGemm):
         super()._store_tile(tile, state)
         if self.scheduler.wants_first:
             ptx["fence.proxy.async.global"]()
-            self._warpgroup_sync()
-            with if_(self.thread.tid % 128 == 0):
-                ptx["red.release.gpu.global.add.u32"](self._count(tile), u32(1))
+            self.report.send(self.turn, tile.token_tile, self.thread)
+
+
+class Report:
+    """Which tiles of gemm1 are stored, from consumers to the warp that counts them: each warpgroup has a place, and finishes
+    every ks-th tile. To release z to the GPU takes 0.6 to 1.7 us, for which whoever stored it came late to the next tile."""
+
+    def __init__(self, smem: Smem, config: GemmConfig):
+        assert config.row_groups == 1, config
+        self.num = config.ks
+        self._sent, self._taken = (smem.alloc(self.num, "uint64", 8) for _ in range(2))
+        self._tiles = smem.alloc(self.num, "int32", 4)
+
+    @staticmethod
+    def num_bytes(config: GemmConfig) -> int:
+        return 20 * config.ks
+
+    def initialize(self) -> None:
+        """By one thread, before the CTA synchronises."""
+        for i in range(self.num):
+            ptx.mbarrier.init.shared.b64(self._sent.ptr_to([i]), u32(4))  # warps
+            ptx.mbarrier.init.shared.b64(self._taken.ptr_to([i]), u32(1))
+
+    def send(self, turn, token_tile, thread) -> None:
+        """The turn's tile, negative after the last one, by all threads of the warpgroup whose turn it is."""
+        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        cuda.mbarrier_wait(self._taken.ptr_to([place]), parity ^ u32(1))
+        cuda.warp_sync()
+        with if_(thread.lane == 0):
+            with if_(thread.warp % 4 == 0):
+                I.buffer_store(self._tiles, token_tile, [place])
+            ptx.mbarrier.arrive.shared.b64(self._sent.ptr_to([place]), u32(1))
+
+    def receive(self, turn, thread):
+        """The turn's tile, by a warp."""
+        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        cuda.mbarrier_wait(self._sent.ptr_to([place]), parity)
+        tile = let(self._tiles[place])
+        cuda.warp_sync()
+        with if_(thread.lane == 0):
+            ptx.mbarrier.arrive.shared.b64(self._taken.ptr_to([place]), u32(1))
+        return tile
 
 
 def gemm_pair(a, config: GemmConfig, form: ActivationFormat) -> None:

@@ -17,6 +17,9 @@ from tvmmoe.config import WeightFormat
 from tvmmoe.workspace import Slice, max_num_tiles, pack
 
 K_BLOCK = 128
+FEW_TOKENS = 2  # of gemm_pair
+MAX_FEW_PAIRS = 32  # of such a call, a lane each
+FEW_ROWS = 8  # of a tile there
 PAIRS_PER_CTA = 1024  # of permute: (token, slot) pairs that one CTA ranks
 
 
@@ -43,7 +46,7 @@ def slices(
     """Slices of the workspace and its size in bytes.
 
     Takes ints, or TensorIR expressions with ``minimum=T.min``. ``x`` (operand of gemm1) and ``gemm2_output`` share
-    memory: the first is dead when the second is written; in gemm_pair that of a tile, whose rows are as far apart in both.
+    memory: the first is dead when the second is written.
     """
     pairs = num_tokens * top_k
     num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
@@ -63,6 +66,8 @@ def slices(
         "z": rows * padded(intermediate_size) * 2,
         "x_scale": rows * padded(hidden_size) // 32,
         "z_scale": rows * padded(intermediate_size) // 32,
+        "z_blocks": MAX_FEW_PAIRS * 4,
+        "few_rows": minimum(num_tokens, FEW_TOKENS) * FEW_ROWS * padded(hidden_size) * 2,
     })  # fmt: skip
     result["gemm2_output"] = result["x"]
     return result, total

@@ -4,7 +4,7 @@
     route -> [count] -> scatter -> gather -> gemm1 -> [requantize] -> gemm2 -> [finalize]
     route -> arrange ---------------------^    for up to 2048 (token, slot) pairs
     prologue -----------------------------^    for a few tokens
-    prologue -> gemm1 and gemm2 as one kernel (gemm_pair) -> [finalize]    for a token or two
+    prepare -> routing, gemm1 and gemm2 as one kernel (gemm_pair) -> [finalize]    for a token or two
 
 The calling convention is ``tvmmoe.abi``. The host function encodes the tensor maps, picks kernels by host values
 (activation format, gated or not, one chunk of pairs or more) and launches: no allocation, no synchronisation, no read
@@ -24,13 +24,14 @@ from tvm.tirx.script.builder import ir as I  # noqa: E741
 from tvmmoe import abi
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.kernels.sm90a import permute, prologue
+from tvmmoe.kernels.sm90a.few_tokens import prepare
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather import gather
 from tvmmoe.kernels.sm90a.gemm1 import gemm1
 from tvmmoe.kernels.sm90a.gemm2 import gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.gemm_pair import gemm_pair, is_served
-from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, padded, slices
+from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
 from tvmmoe.kernels.sm90a.requantize import requantize
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
@@ -105,7 +106,6 @@ class Arguments:
         for name in (*abi.POINTERS, *abi.INTS):
             setattr(self, name, I.arg(name, I.int64()))
         self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
-        self.output_pitch = self.hidden_size  # from row to row of gemm2_output
         self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
         pieces, _ = slices(self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size,
                            self.local_num_experts, tile_m, T.min)  # fmt: skip
@@ -133,7 +133,7 @@ def packed_function(
     variant: Variant, launch_params: list[str], gemm1: Callable, gemm2: Callable, gemm_pair: Callable | None = None
 ) -> tvm.tirx.PrimFunc:
     """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them,
-    ``gemm_pair(a, config, activation_format)`` both at once for what gemm_pair.is_served says."""
+    ``gemm_pair(a, config, activation_format)`` routing and both at once for what gemm_pair.is_served says."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(variant.symbol)
@@ -141,10 +141,6 @@ def packed_function(
             a = Arguments(variant.tile_m)
             if not variant.meets_few_tokens:
                 gemm_pair = None
-            if gemm_pair is not None:
-                # The workspace's rows begin where those of x do, so a tile overwrites its own x, which nobody reads any more.
-                a.output_pitch = T.Select(a.gemm2_output == 0, padded(a.hidden_size), a.hidden_size)
-                a.ws["z_blocks"] = a.ws["chunk_counts"]  # otherwise of many pairs; of few tokens each expert has one tile
             with if_(a.num_tokens > 0):
                 _launch_all(a, variant, gemm1, gemm2, gemm_pair)
     return builder.get()
@@ -171,14 +167,24 @@ def _launch_all(
         arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
         if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
 
-    if variant.meets_few_tokens:
+    def place():
+        if not variant.meets_few_tokens:
+            by_stages()
+            return
         if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), by_stages)
-    else:
-        by_stages()
+
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
-    apart = functools.partial(_launch_gemms, a, variant, gemm1, gemm2, is_gated)
+
+    def apart():
+        place()
+        _launch_gemms(a, variant, gemm1, gemm2, is_gated)
+
+    def together(form: ActivationFormat):
+        prepare(a, form)
+        gemm_pair(a, variant.gemm_pair, form)
+
     if gemm_pair is not None:
-        if_else(is_served(a, is_gated), lambda: by_format(lambda form: gemm_pair(a, variant.gemm_pair, form)), apart)
+        if_else(is_served(a, is_gated), lambda: by_format(together), apart)
     else:
         apart()
     with if_(a.do_finalize != 0):

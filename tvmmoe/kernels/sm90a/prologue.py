@@ -41,7 +41,6 @@ from tvmmoe.kernels.sm90a.trace import (
 WARPS = 16
 THREADS = 32 * WARPS
 MAX_TOKENS = WARPS  # of prologue: one a warp; two take 1.5 % of 16 tokens' time
-FEW_TOKENS = 2  # of gemm_pair
 MAX_PAIRS = 2048  # of arrange
 COLUMNS = THREADS * 8
 
@@ -62,7 +61,7 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
         router = Router(a, smem, MAX_TOKENS, THREADS)
-        placement = Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K, clears_z_blocks="z_blocks" in a.ws)
+        placement = Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
         token = let(thread.cta // cast(segments, "int32"))  # num_tokens for the CTA that writes ids and weights
@@ -78,7 +77,7 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
         with if_(thread.warp < num_tokens):
             expert, share = router.choose(thread.warp)
             with if_(token == num_tokens):
-                router.write(thread.warp, expert, router.weigh(thread.warp, expert, share))
+                router.write(thread.warp, expert, router.weigh(router.score(thread.warp, expert), share))
             with if_(thread.lane < router.top_k):
                 placement.put(thread.warp * router.top_k + thread.lane, expert)
         cuda.cta_sync()
@@ -121,8 +120,8 @@ def arrange(a, form: ActivationFormat, tile_m: int) -> None:
 class Placement:
     """Rows of one token's pairs, from the experts of all pairs."""
 
-    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int, clears_z_blocks: bool = False):
-        self.a, self.thread, self.tile_m, self.clears_z_blocks = a, thread, tile_m, clears_z_blocks
+    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int):
+        self.a, self.thread, self.tile_m = a, thread, tile_m
         self._experts = smem.alloc(max_pairs, "int32", 128)  # local; -1: another rank's
         self._counts = smem.alloc(MAX_EXPERTS, "int32", 128)  # pairs of every local expert
         self._rows = smem.alloc(MAX_TOP_K, "int32", 128)
@@ -195,6 +194,3 @@ class Placement:
                 store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), expert)
                 live = let(T.min(rows - rank, share))
                 store_to("int32", address(a.ws["tile_rows"], cast(tile, "int64") * 4), live)
-                if self.clears_z_blocks:
-                    with if_(a.num_tokens <= FEW_TOKENS):
-                        store_to("int32", address(a.ws["z_blocks"], cast(tile, "int64") * 4), T.int32(0))

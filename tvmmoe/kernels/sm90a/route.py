@@ -70,11 +70,15 @@ def _best(keys) -> tuple:
 class Router:
     """Scores, keys and choices of the tokens ``first`` ... ``first + num_tokens`` - 1 of a CTA."""
 
-    def __init__(self, a, smem: Smem, max_tokens: int, threads: int = THREADS):
-        self.a, self.threads = a, threads
-        self._keys, self._group_keys = (smem.alloc(ENTRIES, "int32", 128) for _ in range(2))
-        self._scores = smem.alloc(ENTRIES, "float32", 128)
-        self._is_open = smem.alloc(ENTRIES, "uint8", 128)
+    def __init__(
+        self, a, smem: Smem, max_tokens: int, threads: int = THREADS, entries: int = ENTRIES,
+        per_lane: tuple[int, ...] = PER_LANE, space: str = "global",
+    ):  # fmt: skip
+        """For so many (token, expert) pairs, experts a lane as listed, and logits and biases in ``space``."""
+        self.a, self.threads, self.entries, self.per_lane, self.space = a, threads, entries, per_lane, space
+        self._keys, self._group_keys = (smem.alloc(entries, "int32", 128) for _ in range(2))
+        self._scores = smem.alloc(entries, "float32", 128)
+        self._is_open = smem.alloc(entries, "uint8", 128)
         self._chosen = smem.alloc(max_tokens * MAX_TOP_K, "int32", 128)
 
     def begin(self, thread, first, num_tokens) -> None:
@@ -96,14 +100,13 @@ class Router:
 
     # ------------------------------------------------------------------------------------------- keys, whole CTA
 
-    @staticmethod
-    def _raw(pointer, is_bf16, index):
+    def _raw(self, pointer, is_bf16, index):
         """Bits of a bf16 or float32 element; :meth:`_value` converts them, so that many loads are under way at once."""
         raw = scalar("uint32")
         if_else(
             is_bf16 != 0,
-            lambda: ptx["ld.global.u16"](raw, address(pointer, index * 2)),
-            lambda: ptx["ld.global.b32"](raw, address(pointer, index * 4)),
+            lambda: ptx[f"ld.{self.space}.u16"](raw, address(pointer, index * 2)),
+            lambda: ptx[f"ld.{self.space}.b32"](raw, address(pointer, index * 4)),
         )
         return raw
 
@@ -117,9 +120,8 @@ class Router:
         count = let(self.num_tokens * self.num_experts)
         start = let(cast(self.first, "int64") * a.num_experts)
         has_bias = let(cast(T.And(self.is_method(Method.DeepSeekV3, Method.MiniMax2), a.routing_bias != 0), "int32"))
-        with for_((count + self.threads * BATCH - 1) // (self.threads * BATCH)) as batch:
-            places = [let((batch * BATCH + i) * self.threads + self.thread.tid) for i in range(BATCH)]
-            inside = [let(T.min(place, count - 1)) for place in places]
+
+        def write(places, inside):
             logits = [self._raw(a.routing_logits, a.logits_is_bf16, start + cast(i, "int64")) for i in inside]
             biases = [scalar("uint32", u32(0)) for _ in inside]
             with if_(has_bias != 0):
@@ -129,6 +131,14 @@ class Router:
             for place, raw, bias in zip(places, logits, biases, strict=True):
                 with if_(place < count):
                     self._write_key(place, self._value(raw, a.logits_is_bf16), bias, has_bias)
+
+        if self.threads >= self.entries:  # in every CTA of the card: none may ask L2 for what it does not need
+            with if_(self.thread.tid < count):
+                write([self.thread.tid], [self.thread.tid])
+            return
+        with for_((count + self.threads * BATCH - 1) // (self.threads * BATCH)) as batch:
+            places = [let((batch * BATCH + i) * self.threads + self.thread.tid) for i in range(BATCH)]
+            write(places, [let(T.min(place, count - 1)) for place in places])
 
     def _write_key(self, place, x, raw_bias, has_bias) -> None:
         with if_(T.And(self.is_method(Method.Llama4), numerics.is_nan(x))):  # it takes NaN for -inf
@@ -154,19 +164,22 @@ class Router:
         with if_(self.is_grouped):
             self._open_groups(base)
         slots, key = let(token * MAX_TOP_K), scalar("float32", T.float32(0))
-        small, medium, large = PER_LANE
-        if_else(
-            self.num_experts <= 32 * small,
-            lambda: self._select(base, slots, small, key),
-            lambda: if_else(
-                self.num_experts <= 32 * medium,
-                lambda: self._select(base, slots, medium, key),
-                lambda: self._select(base, slots, large, key),
-            ),
-        )
+        self._select_by_size(base, slots, key, self.per_lane)
         cuda.warp_sync()
         slot = T.Select(self.lane < self.top_k, self.lane, T.int32(0))
         return let(self._chosen[slots + slot]), key
+
+    def _select_by_size(self, base, slots, key, sizes) -> None:
+        """By the smallest of ``sizes`` that holds the experts."""
+
+        def select():
+            self._select(base, slots, sizes[0], key)
+
+        if len(sizes) == 1:
+            select()
+        else:
+            fits = self.num_experts <= 32 * sizes[0]
+            if_else(fits, select, lambda: self._select_by_size(base, slots, key, sizes[1:]))
 
     def _softmax_keys(self, base) -> None:
         """Default ranks by the softmax itself: its rounding decides ties."""
@@ -266,10 +279,14 @@ class Router:
             for i in range(per_lane):
                 store(keys, T.Select(closed == i, T.int32(CLOSED), keys[i]), i)
 
-    def weigh(self, token, expert, share):
+    def score(self, token, expert):
+        """What :meth:`weigh` wants to know of an expert."""
+        return let(self._scores[token * self.num_experts + expert])
+
+    def weigh(self, score, share):
         """bfloat16 bits of the weight of slot ``lane``, as :meth:`choose` returned it."""
         tiny = T.reinterpret("float64", T.uint64(TINY))
-        a, score = self.a, let(self._scores[token * self.num_experts + expert])
+        a = self.a
         is_softmax = self.is_method(Method.Renormalize, Method.RenormalizeNaive)
         weight, term = let(score), scalar("float64", T.float64(0))
         with if_(self.is_method(Method.Default)):
@@ -336,4 +353,4 @@ def route(a) -> None:
         cuda.cta_sync()
         with if_(thread.warp < router.num_tokens):
             expert, share = router.choose(thread.warp)
-            router.write(thread.warp, expert, router.weigh(thread.warp, expert, share))
+            router.write(thread.warp, expert, router.weigh(router.score(thread.warp, expert), share))

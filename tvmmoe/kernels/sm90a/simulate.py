@@ -259,8 +259,10 @@ inline void prefetch_tensormap(const void*) {}
 inline void atom_relaxed_gpu_global_add_u32(uint32_t& d, const void* p, uint32_t value) {
   d = __atomic_fetch_add(static_cast<uint32_t*>(const_cast<void*>(p)), value, __ATOMIC_RELAXED);
 }
-// Asked again and again until someone has written it, who must be let on.
-inline void ld_acquire_gpu_global_b32(int32_t& d, const void* p) { sim::yield(), d = at<int32_t>(p); }
+inline void st_release_gpu_global_b32(const void* p, uint32_t value) {
+  at<uint32_t>(const_cast<void*>(p)) = value;
+  ++sim::progress;
+}
 inline void red_release_gpu_global_add_u32(const void* p, uint32_t value) {
   at<uint32_t>(const_cast<void*>(p)) += value;
   ++sim::progress;
@@ -324,6 +326,7 @@ void cp_async_bulk_tensor_5d_shared_cta_global_mbarrier_complete_tx_bytes_L2_cac
   sim::tma<5>(to, map, {x, y, z, u, v}, barrier);
 }
 template <class T> void ld_global_u8(T& d, const void* p) { d = at<uint8_t>(p); }
+template <class T> void ld_relaxed_gpu_global_u16(T& d, const void* p) { d = at<uint16_t>(p); }
 template <class T> void ld_global_u16(T& d, const void* p) { uint16_t value; memcpy(&value, p, 2); d = value; }
 template <class T> void ld_shared_u8(T& d, uint32_t p) { d = at<uint8_t>(p); }
 inline void st_shared_b32(uint32_t p, uint32_t a) { at<uint32_t>(p) = a; }

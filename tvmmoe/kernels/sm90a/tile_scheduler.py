@@ -6,7 +6,7 @@ while the last stages of one are loaded, looks it up and announces it to the oth
 differ in speed by several percent, so tiles that were dealt out beforehand end that far apart; and what consumers look up
 themselves, they wait for (5 % where tiles are short). In a cluster the first CTA's TMA warp does so for all of them.
 
-The kernel that writes the tile list clears the counters. Which CTA computes a tile changes nothing about its result.
+A kernel before the GEMMs clears the counters. Which CTA computes a tile changes nothing about its result.
 """
 
 from typing import NamedTuple
@@ -71,16 +71,13 @@ class TileScheduler:
         """Count what is there to do: each tile of tokens has ``row_blocks`` (host expression) items for a cluster."""
         self.row_blocks = let(row_blocks)
         if is_list_fresh:  # into L1, while the count is on its way
-            offset = let(cast(self._first_tile(), "int64") * 4)
+            first_tile = self.thread.cta // self.c.cluster // self.row_blocks
+            offset = let(cast(first_tile, "int64") * 4)
             for name in ("tile_expert", "tile_rows"):
                 load("int32", address(self.a.ws[name], offset))
         self.num_tiles = load("int32", address(self.a.ws["num_tiles"]), PAST_L1)
         self.num_items = let(self.num_tiles * self.row_blocks)
         self.rank = let(self.thread.cta % self.c.cluster)  # in the cluster
-
-    def _first_tile(self):
-        """Tile of tokens that the CTA begins with."""
-        return self.thread.cta // self.c.cluster // self.row_blocks
 
     def _begin_role(self) -> None:
         """Registers of one role: what all of them shared would not stay in uniform ones."""
@@ -162,11 +159,15 @@ class TileScheduler:
             item, row_blocks = self._item(index)
             assign(self.tile.token_tile, item // row_blocks)
             assign(self.tile.row_block, item % row_blocks * self.c.cluster)
-            offset = let(cast(self.tile.token_tile, "int64") * 4)
-            assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
-            assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
+            self._read_list(space)
 
         if_else(index < self.num_items, find, lambda: assign(self.tile.token_tile, T.int32(-1)))
+
+    def _read_list(self, space: str) -> None:
+        """The expert and the rows of the tile of tokens."""
+        offset = let(cast(self.tile.token_tile, "int64") * 4)
+        assign(self.tile.expert, load("int32", address(self.a.ws["tile_expert"], offset), space))
+        assign(self.tile.num_rows, load("int32", address(self.a.ws["tile_rows"], offset), space))
 
     def _item(self, index):
         """Number of what was claimed among those of its GEMM, and that one's row blocks."""
@@ -207,23 +208,26 @@ class PairScheduler(TileScheduler):
         super().__init__(a, config, number)
         self.num_given = 0
 
-    def begin_pair(self, row_blocks, second_row_blocks) -> None:
-        """As :meth:`begin`, for a list that the kernel before this one wrote."""
-        self.begin(row_blocks, is_list_fresh=True)  # of few tiles: one line
-        self.second_row_blocks, self.num_of_first = let(second_row_blocks), self.num_items
-        self.num_items = let(self.num_of_first + self.num_tiles * self.second_row_blocks)
+    def begin_pair(self, row_blocks, second_row_blocks, roster) -> None:
+        """Before the CTA has its list; :meth:`lead` counts what that has."""
+        self.row_blocks, self.second_row_blocks, self.roster = let(row_blocks), let(second_row_blocks), roster
+        self.rank = T.int32(0)
+        self.claimed, self.window = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
 
-    def _first_tile(self):
-        return T.int32(0)
+    def _read_list(self, space: str) -> None:
+        for register, value in zip((*self.tile[2:], self.window), self.roster.tile(self.tile.token_tile), strict=True):
+            assign(register, value)
 
     def _begin_role(self) -> None:
         super()._begin_role()
         self.is_second = scalar("int32", T.int32(0))
 
     def lead(self, is_issuer, space: str) -> None:
+        r"""Of the first tile, too, the number is :meth:`claim`\ ed before."""
         self._begin_role()
-        self.claimed = scalar("int32", T.int32(0))
-        self.claim(is_issuer)
+        num_tiles = self.roster.num_tiles()
+        self.num_of_first = let(num_tiles * self.row_blocks)
+        self.num_items = let(self.num_of_first + num_tiles * self.second_row_blocks)
         self.announce(is_issuer, space)
 
     @property

@@ -230,6 +230,15 @@ class Smem:
     def alloc(self, count: int, dtype: str, align: int = 16):
         return self._pool.alloc((count,), dtype, align=align)
 
+    @contextlib.contextmanager
+    def from_start(self) -> Iterator[None]:
+        """Allocate from the first byte on, over what lies there."""
+        offset = self._pool.offset
+        self._pool.move_base_to(0)
+        yield
+        assert self._pool.offset <= offset, "more than lies there"
+        self._pool.move_base_to(offset)
+
     def commit(self) -> int:
         """Fix the size; returns it in bytes."""
         self._pool.commit()
