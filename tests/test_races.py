@@ -19,7 +19,7 @@ tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
 from tvmmoe.kernels.sm90a import gemm, gemm_pair, simulate  # noqa: E402
 from tvmmoe.kernels.sm90a.operator import hand_chosen  # noqa: E402
-from tvmmoe.kernels.sm90a.trace import I, cast, cuda, if_, let, ptx, u32  # noqa: E402
+from tvmmoe.kernels.sm90a.trace import I, cuda, if_, ptx, u32  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
 
 # (weight format, tile, tokens, intermediate size): some tiles a CTA; K blocks of gemm1 (5, or 12 where rows of scales are
@@ -151,7 +151,7 @@ def test_stages_are_released_after_their_last_matrices(name, monkeypatch, tmp_pa
 
 def test_parts_are_reported_before_the_listener_is_woken(monkeypatch, tmp_path):
     def send(self, turn, token_tile, thread):
-        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        place, parity = self.place(turn)
         cuda.mbarrier_wait(self._taken.ptr_to([place]), parity ^ u32(1))
         cuda.warp_sync()
         with if_(thread.lane == 0):

@@ -19,7 +19,7 @@ from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels.sm90a import layout
 from tvmmoe.reference import moe_ref, permute_ref
 from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch
-from tvmmoe.workspace import max_num_tiles
+from tvmmoe.workspace import Slice, max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
 if HAS_TVM:
@@ -147,6 +147,12 @@ def entry(weight_format: WeightFormat, tile_m: int):
     return tvm_ffi.load_module(str(path))[f"fp4_block_scale_moe_{weight_format.name}_m{tile_m}"]
 
 
+def workspace_slices(case: Case, tile_m: int) -> tuple[dict[str, Slice], int]:
+    """Slices of a call's workspace, and its bytes."""
+    sizes = case.num_tokens, case.top_k, case.hidden_size, case.intermediate_size, case.num_local_experts
+    return layout.slices(*sizes, tile_m)
+
+
 def call(
     case: Case, kwargs: dict, tile_m: int, do_finalize: bool, function=None, output_width: int | None = None, workspace=None
 ) -> list[torch.Tensor]:
@@ -186,8 +192,7 @@ def call(
         enable_pdl=True,
     )
     if workspace is None:
-        sizes = tokens, case.top_k, hidden_size, case.intermediate_size, case.num_local_experts, tile_m
-        pieces, size = layout.slices(*sizes)
+        pieces, size = workspace_slices(case, tile_m)
         workspace = poison(make(size, dtype=torch.uint8))
         workspace[pieces["num_tiles"].offset :][:4] = 0  # poison is what tells finalize to wait
     scale = kwargs["routed_scaling_factor"]
@@ -318,8 +323,8 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
     "name, case_name",
     [
         *itertools.product(["m8", "m8_early"], [
-            "gpt_oss", "geglu", "relu2", "top_32", "most_pairs", "one_expert", "more_pairs", "most_experts",
-            "more_experts", "experts_5_to_11",            "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd", "mxfp8_relu2"]),
+            "gpt_oss", "geglu", "relu2", "top_32", "most_pairs", "one_expert", "more_pairs", "most_experts", "more_experts",
+            "experts_5_to_11", "hardly_ours", "none_ours", "mxfp8", "mxfp8_odd", "mxfp8_relu2"]),
         *itertools.product(["m8_nvfp4"], ["nvfp4_weights", "nvfp4", "nvfp4_per_token"]),
     ],
 )  # fmt: skip
@@ -344,31 +349,28 @@ FOLLOWING = [dict(num_tokens=1), dict(num_tokens=2), dict(num_tokens=2, activati
              dict(num_tokens=3), dict(num_tokens=1)]  # fmt: skip
 
 
-def calls_that_follow(make_kwargs, **options) -> None:
+def calls_that_follow(device: str, **options) -> None:
     """Calls by one kernel or by many find the workspace as the one before left it, and compute what they do in a new one."""
-    cases = [Case(**vars(BASE) | changes | dict(seed=seed)) for seed, changes in enumerate(FOLLOWING)]
-    given = [make_kwargs(case) for case in cases]
-    alone = [call(case, kwargs, 8, do_finalize=True, **options)[0] for case, kwargs in zip(cases, given, strict=True)]
-    workspace = poison(torch.empty(1 << 20, dtype=torch.uint8, device=given[0]["hidden_states"].device))
-    options["workspace"] = workspace
-    after = [call(case, kwargs, 8, do_finalize=True, **options)[0] for case, kwargs in zip(cases, given, strict=True)]
+    cases = [Case(**vars(BASE) | changes | dict(seed=seed, device=device)) for seed, changes in enumerate(FOLLOWING)]
+    given = [(case, make_case(case)) for case in cases]
+    alone = [call(*each, 8, do_finalize=True, **options)[0] for each in given]
+    size = max(workspace_slices(case, 8)[1] for case in cases)
+    options["workspace"] = poison(torch.empty(size, dtype=torch.uint8, device=device))
+    after = [call(*each, 8, do_finalize=True, **options)[0] for each in given]
     for first, second in zip(alone, after, strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
 def test_simulated_calls_follow_each_other(folder):
-    calls_that_follow(make_case, function=simulated(MX, 8, False, folder))
+    calls_that_follow("cpu", function=simulated(MX, 8, False, folder))
 
 
 @pytest.mark.gpu
 @skip_unless_arch("sm90a")
 def test_calls_follow_each_other():
-    def on_device(case):
-        return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in make_case(case).items()}
-
     for _ in range(8):
-        calls_that_follow(on_device)
+        calls_that_follow("cuda")
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")

@@ -221,9 +221,13 @@ class Report:
             ptx.mbarrier.init.shared.b64(self._sent.ptr_to([i]), u32(4))  # warps
             ptx.mbarrier.init.shared.b64(self._taken.ptr_to([i]), u32(1))
 
+    def place(self, turn) -> tuple:
+        """Of the turn's report, and the parity of its barriers."""
+        return let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+
     def send(self, turn, token_tile, thread) -> None:
         """The turn's tile, negative after the last one, by all threads of the warpgroup whose turn it is."""
-        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        place, parity = self.place(turn)
         cuda.mbarrier_wait(self._taken.ptr_to([place]), parity ^ u32(1))
         cuda.warp_sync()
         with if_(thread.lane == 0):
@@ -233,7 +237,7 @@ class Report:
 
     def receive(self, turn, thread):
         """The turn's tile, by a warp."""
-        place, parity = let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        place, parity = self.place(turn)
         cuda.mbarrier_wait(self._sent.ptr_to([place]), parity)
         tile = let(self._tiles[place])
         cuda.warp_sync()

@@ -167,16 +167,14 @@ def _launch_all(
         arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
         if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
 
-    def place():
-        if not variant.meets_few_tokens:
-            by_stages()
-            return
-        if_else(prologue.is_small(a), lambda: by_format(lambda f: prologue.prologue(a, f, variant.tile_m)), by_stages)
-
     is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
 
     def apart():
-        place()
+        if variant.meets_few_tokens:
+            begin = functools.partial(prologue.prologue, a, tile_m=variant.tile_m)
+            if_else(prologue.is_small(a), lambda: by_format(lambda form: begin(form=form)), by_stages)
+        else:
+            by_stages()
         _launch_gemms(a, variant, gemm1, gemm2, is_gated)
 
     def together(form: ActivationFormat):

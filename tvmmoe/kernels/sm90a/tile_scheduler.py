@@ -223,7 +223,7 @@ class PairScheduler(TileScheduler):
         self.is_second = scalar("int32", T.int32(0))
 
     def lead(self, is_issuer, space: str) -> None:
-        r"""Of the first tile, too, the number is :meth:`claim`\ ed before."""
+        """Count what the list has, and begin with the item that is claimed already."""
         self._begin_role()
         num_tiles = self.roster.num_tiles()
         self.num_of_first = let(num_tiles * self.row_blocks)
