@@ -129,7 +129,7 @@ def test_shapes_make_valid_calls(name):
 @pytest.mark.gpu
 @skip_unless_arch("sm90a")  # others have other kernels
 def test_stages_are_named(tiny, capsys):
-    assert bench.main("--shape tiny --tokens 1,3,40,2100 --rounds 1 --stages --device cuda".split()) == 0
+    assert bench.main("--shape tiny --tokens 1,5,40,2100 --rounds 1 --stages --device cuda".split()) == 0
     printed = capsys.readouterr().out
     few, more = "prepare_bf16 gemm_pair prologue_bf16 gemm1_gated", "route arrange_bf16 count scatter gather_bf16"
     for stage in f"{few} {more} gemm2 finalize".split():

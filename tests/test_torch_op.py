@@ -97,9 +97,9 @@ def test_streams_do_not_disturb_each_other():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
 def test_kernels_that_wait_for_each_others_tiles_share_the_gpu(num_tokens):
-    """Both GEMMs of a token or two are one kernel. Of several at once none has all SMs, and none may wait for ever."""
+    """Both GEMMs of few tokens are one kernel. Of several at once none has all SMs, and none may wait for ever."""
     sizes = dict(num_tokens=num_tokens, hidden_size=2080, intermediate_size=2016, num_experts=32, top_k=8)
     check_on_streams([make_case(**sizes, seed=seed, device="cuda") for seed in range(6)], rounds=40)
 

@@ -82,7 +82,7 @@ def by_tile_height(
 ) -> list[records.Candidates]:
     """Hand-chosen decisions of every tile height and the measurements that may replace them; short K apart.
 
-    Of a token or two gemm_pair computes both GEMMs in the operator, with decisions of its own.
+    Of up to four tokens gemm_pair computes nearly all calls in the operator, with decisions of its own.
     """
     measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS]
     tiles = SHORT_TILES if stage == "gemm2" else {}

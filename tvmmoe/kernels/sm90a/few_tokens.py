@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before the GEMMs of a token or two: routing inside of their kernel (gemm_pair.py). Every kernel that waits for
-another one and every pass through memory takes a microsecond or two of the 17 to 35 that such a call takes.
+"""What comes before the GEMMs of up to four tokens: routing inside of their kernel (gemm_pair.py). Every kernel that waits
+for another one and every pass through memory takes a microsecond or two of the 16 to 33 that a call of one token takes.
 
-    prepare   the one kernel before it: clears what it counts with, and writes each token's row, in K order, 8 times
+    prepare   the one kernel before it: clears what it counts with, and writes each token's row as single_row.py reads it
     Roster    each CTA routes the tokens and lists the tiles of their pairs in its shared memory, while prepare is running;
               one warp of the first CTA writes ids, weights and rows, which only finalize reads
 
-Rows come out as permute.scatter makes them. Those of the tokens are one below the other, 8 of the first and 8 of the second,
-so a tile of 8 with n rows of the first token and some of the second is a window that begins at row 8 - n.
+Each pair of a token and one of our experts is a tile of its own (single_row.py), in the order of their rows, so that two
+tokens of an expert read its weights one right after the other. Rows are numbered as permute.scatter does it.
 """
 
 from tvm.script import tirx as T
@@ -16,6 +16,7 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
 from tvmmoe.kernels.sm90a.layout import FEW_ROWS, FEW_TOKENS, MAX_FEW_PAIRS, padded
 from tvmmoe.kernels.sm90a.route import PER_LANE, Router
+from tvmmoe.kernels.sm90a.single_row import windows_of
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
@@ -43,13 +44,18 @@ from tvmmoe.kernels.sm90a.trace import (
 MAX_FEW_EXPERTS = 32 * PER_LANE[1]  # more take the kernels of more tokens
 THREADS = 256  # of prepare
 COLUMNS = THREADS * 8
+# Pairs of ours to be expected, beyond which two tokens of an expert are better off in one tile. Measured on an H200 against
+# the kernels of more tokens: 24 are 1 to 3 % faster (16: 5 %), 32 are 5 % slower (gpt-oss-120b, Qwen3-235B).
+MEAN_FEW_PAIRS = 24
 AT_ONCE = 8  # pairs that a lane looks at before it needs the first's value
 UNWRITTEN = -1  # num_tiles while what finalize reads is not there yet
 
 
 def is_few(a):
     """Whether the tokens are so few (host expression)."""
-    return T.And(T.And(a.num_tokens <= FEW_TOKENS, a.num_tokens * a.top_k <= MAX_FEW_PAIRS), a.num_experts <= MAX_FEW_EXPERTS)
+    num_pairs = a.num_tokens * a.top_k
+    are_few = T.And(num_pairs <= MAX_FEW_PAIRS, num_pairs * a.local_num_experts <= MEAN_FEW_PAIRS * a.num_experts)
+    return T.And(T.And(a.num_tokens <= FEW_TOKENS, are_few), a.num_experts <= MAX_FEW_EXPERTS)
 
 
 def prepare(a, form: ActivationFormat) -> None:
@@ -67,17 +73,18 @@ def prepare(a, form: ActivationFormat) -> None:
             with if_(thread.tid == 0):
                 store_to("int32", address(a.ws["num_tiles"]), T.int32(UNWRITTEN))
                 clear_claims(a)
-        words, width = chunk.operand(), padded(a.hidden_size)
+        pairs, width = chunk.pairs(), padded(a.hidden_size)
+        windows = zip(*(windows_of(let(pairs[i])) for i in range(4)), strict=True)
         with if_(chunk.position < width):
-            for i in range(FEW_ROWS):
-                offset = (cast(token, "int64") * FEW_ROWS + i) * width + chunk.position
-                store_vec4(address(a.ws["few_rows"], offset * 2), words)
+            row = a.ws["few_x"] + (cast(token, "int64") * width + chunk.position) * 4
+            for i, words in enumerate(windows):
+                store_vec4(address(row, 16 * i), words)
 
 
 class Roster:
     """The tiles of a call in a CTA's shared memory: all threads write keys, a warp a token chooses, one warp lists.
 
-    Lists of 32 pairs at most; a tile is of one expert, which may be chosen more than once (route.CLOSED), even by one token.
+    Lists of 32 pairs at most. An expert may be chosen more than once (route.CLOSED), even by one token.
     """
 
     NUM_BYTES = 16 * MAX_FEW_PAIRS + 4 * 4 * MAX_FEW_PAIRS + 16
@@ -85,7 +92,7 @@ class Roster:
     def __init__(self, a, smem: Smem, thread, num_threads: int):
         """Everything here stays; only the router's tables lie over the stages, which nobody loads before tiles are listed."""
         self.a, self.thread = a, thread
-        self._tiles = smem.alloc(4 * MAX_FEW_PAIRS, "uint32", 16)  # expert, rows, first row of the window
+        self._tiles = smem.alloc(4 * MAX_FEW_PAIRS, "uint32", 16)  # expert, row, token
         self._experts, self._rows = (smem.alloc(MAX_FEW_PAIRS, "int32", 4) for _ in range(2))  # of pairs
         self._scores, self._shares = (smem.alloc(MAX_FEW_PAIRS, "float32", 4) for _ in range(2))
         self._num_tiles = smem.alloc(1, "int32", 4)
@@ -116,32 +123,32 @@ class Roster:
         local = let(self._experts[lane] - cast(self.a.local_expert_offset, "int32"))
         is_ours = T.And(lane < num_pairs, T.And(local >= 0, local < cast(self.a.local_num_experts, "int32")))
         local = let(T.Select(is_ours, local, T.int32(-1)))
-        # Of pairs with this expert: all, those before this one, those of the first token
-        rows, rank, of_first = (scalar("int32", T.int32(0)) for _ in range(3))
+        # Of pairs with this expert, and those before this one; all of ours whose rows come before this one's
+        rows, rank, tile = (scalar("int32", T.int32(0)) for _ in range(3))
 
         def count(pair, other):
-            is_same = other == local
+            is_same, is_before = other == local, T.And(other == local, pair < lane)
             assign(rows, rows + cast(is_same, "int32"))
-            assign(rank, rank + cast(T.And(is_same, pair < lane), "int32"))
-            assign(of_first, of_first + cast(T.And(is_same, pair < top_k), "int32"))
+            assign(rank, rank + cast(is_before, "int32"))
+            assign(tile, tile + cast(T.Or(is_before, T.And(other >= 0, other < local)), "int32"))
 
         self._for_pairs(num_pairs, local, count)
-        num_tiles, first_tile = let((rows + (FEW_ROWS - 1)) // FEW_ROWS), scalar("int32", T.int32(0))
+        blocks, first_row = let((rows + (FEW_ROWS - 1)) // FEW_ROWS), scalar("int32", T.int32(0))
         begins = let(cast(T.And(local >= 0, rank == 0), "int32")) != 0
-        entry = let(T.Select(begins, local * MAX_FEW_PAIRS + num_tiles, T.int32(0x7FFFFFFF)))
+        entry = let(T.Select(begins, local * MAX_FEW_PAIRS + blocks, T.int32(0x7FFFFFFF)))
 
         def add(pair, other):
-            assign(first_tile, first_tile + T.Select(other < local * MAX_FEW_PAIRS, other % MAX_FEW_PAIRS, T.int32(0)))
+            is_before = other < local * MAX_FEW_PAIRS
+            assign(first_row, first_row + T.Select(is_before, other % MAX_FEW_PAIRS * FEW_ROWS, T.int32(0)))
 
         self._for_pairs(num_pairs, entry, add)
-        total = warp_add_s32(let(T.Select(begins, num_tiles, T.int32(0))))
+        num_tiles = warp_add_s32(let(cast(local >= 0, "int32")))
         with if_(lane == 0):
-            I.buffer_store(self._num_tiles, total, [0])
-        tile = let(first_tile + rank // FEW_ROWS)
-        I.buffer_store(self._rows, T.Select(local >= 0, tile * FEW_ROWS + rank % FEW_ROWS, T.int32(-1)), [lane])
-        with if_(T.And(local >= 0, rank % FEW_ROWS == 0)):
-            start = FEW_ROWS - T.max(T.min(of_first - rank, T.int32(FEW_ROWS)), T.int32(0))
-            words = [local, T.min(rows - rank, T.int32(FEW_ROWS)), start, T.int32(0)]
+            I.buffer_store(self._num_tiles, num_tiles, [0])
+        row = let(T.Select(local >= 0, first_row + rank, T.int32(-1)))
+        I.buffer_store(self._rows, row, [lane])
+        with if_(local >= 0):
+            words = [local, row, lane // top_k, T.int32(0)]
             store_vec4(self._tiles.ptr_to([tile * 4]), [let(cast(word, "uint32")) for word in words], "shared")
 
     @staticmethod
@@ -153,11 +160,11 @@ class Roster:
                 emit(pair, other)
 
     def num_tiles(self):
-        """Tiles of tokens."""
+        """Pairs of ours."""
         return let(self._num_tiles[0])
 
     def tile(self, index) -> list:
-        """Local expert, live rows and first row of the window of a tile."""
+        """Local expert, row of the results and token of a tile."""
         words = load_vec4(self._tiles.ptr_to([index * 4]), "shared")
         return [cast(words[i], "int32") for i in range(3)]
 

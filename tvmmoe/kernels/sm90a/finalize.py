@@ -73,8 +73,9 @@ def _add_slots(a, row, weight, first, column, sums) -> None:
                 store(sums, sums[2 * i + 1] + factor * high, 2 * i + 1)
 
 
-def finalize(a, knows_rows: bool = False) -> None:
-    """Emit the kernel; ``knows_rows``: those that write slots have ended when it starts, or are gemm_pair."""
+def finalize(a, knows_rows: bool = False, waits_for_results: bool = False) -> None:
+    """Emit the kernel; ``knows_rows``: those that write slots have ended when it starts, or, if it ``waits_for_results``, are
+    gemm_pair."""
     width = a.output_hidden_size
     segments = (width + COLUMNS - 1) // COLUMNS
     with kernel("finalize", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
@@ -84,7 +85,8 @@ def finalize(a, knows_rows: bool = False) -> None:
         for i in range(8):
             store(sums, T.float32(0), i)
         if knows_rows:
-            wait_for_results(a)
+            if waits_for_results:
+                wait_for_results(a)
             row, weight = _slot(a, token, thread.lane, PAST_L1)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()

@@ -133,10 +133,15 @@ class Chunk:
         with if_(self.column < self.a.hidden_size):
             self.encoded.load(self.a, self.token, self.column, space)
 
-    def operand(self):
-        """What was loaded, decoded and in K order: four words."""
+    def pairs(self):
+        """What was loaded, decoded: four words, columns (v, v + 4) each."""
         words = self.encoded.decode()
         to_pairs(words)
+        return words
+
+    def operand(self):
+        """The same in K order."""
+        words = self.pairs()
         exchange_quad(words, self.thread.lane)
         return words
 

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from tvm.script import tirx as T
 
 from tvmmoe.kernels.sm90a import intrinsics as isa
-from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, shared_memory
+from tvmmoe.kernels.sm90a.gemm_config import GemmConfig, SharedMemory, shared_memory
 from tvmmoe.kernels.sm90a.gemm_epilogue import Epilogue
 from tvmmoe.kernels.sm90a.gemm_multiply import Multiply
 from tvmmoe.kernels.sm90a.layout import K_BLOCK
@@ -92,7 +92,7 @@ class GroupedGemm(Multiply, Epilogue):
     def __init__(self, a, config: GemmConfig, problem):
         self.a, self.c, self.p = a, config, problem
         c = config
-        memory = shared_memory(c, problem.matrices, self.token_bytes, self.reserved_bytes())
+        memory = self._divide_memory(problem)
         self.x_block, self.w_block, self.s_stage, self.pitch, self.partial_words, self.stages, self.chunk_m = memory
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
@@ -109,6 +109,9 @@ class GroupedGemm(Multiply, Epilogue):
         self.held_stages = 1 if problem.knows_tiles else c.held_scale_stages
         self.piece = min(16, self.held_stages * c.stage_scale_bytes)  # bytes of a copy of scales
         self.scheduler = self._scheduler()
+
+    def _divide_memory(self, problem) -> SharedMemory:
+        return shared_memory(self.c, problem.matrices, self.token_bytes, self.reserved_bytes())
 
     def _scheduler(self) -> TileScheduler:
         return TileScheduler(self.a, self.c, self.p.number)
@@ -217,8 +220,7 @@ class GroupedGemm(Multiply, Epilogue):
         smem, s = Smem(), self.stages
         self.xs = smem.alloc(s * self.x_stage, "uint8", 1024)
         self.ws = smem.alloc(s * self.w_stage, "uint8", 128)
-        self.outs = smem.alloc(self.out_bytes, "uint8", 128)
-        self.partial = smem.alloc(max(self.partial_total, 1), "float32", 128)
+        self._allocate_results(smem)
         self.ss = smem.alloc(s * self.s_stage, "uint8", 128)
         self.full, self.empty = smem.alloc(s, "uint64", 8), smem.alloc(s + 1, "uint64", 8)
         self.scheduler.allocate(smem, self.thread)
@@ -237,6 +239,11 @@ class GroupedGemm(Multiply, Epilogue):
         cuda.cta_sync()
         if self.c.cluster > 1:
             cuda.cluster_sync()
+
+    def _allocate_results(self, smem: Smem) -> None:
+        """What the epilogue needs."""
+        self.outs = smem.alloc(self.out_bytes, "uint8", 128)
+        self.partial = smem.alloc(max(self.partial_total, 1), "float32", 128)
 
     def _allocate_more(self, smem: Smem) -> None:
         """What only this way of multiplying needs: the factors of decode_word."""

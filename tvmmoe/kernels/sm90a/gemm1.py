@@ -20,13 +20,12 @@ from tvmmoe.config import ActivationType
 from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
-from tvmmoe.kernels.sm90a.gemm_epilogue import Results
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let, load, scalar, tensor_map
 
 
-class Gemm1(Results):
+class Gemm1:
     """Rows and epilogue of gemm1 for :class:`GroupedGemm`."""
 
     operand_scales = "x_scale"  # slice of an fp8 operand's scale bytes, on Hopper

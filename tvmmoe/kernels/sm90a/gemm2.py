@@ -8,13 +8,12 @@ from tvm.script import tirx as T
 
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
-from tvmmoe.kernels.sm90a.gemm_epilogue import Results
 from tvmmoe.kernels.sm90a.layout import padded
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, scalar, tensor_map
 
 
-class Gemm2(Results):
+class Gemm2:
     """Rows and epilogue of gemm2 for :class:`GroupedGemm`."""
 
     operand_scales = "z_scale"  # slice of an fp8 operand's scale bytes, on Hopper

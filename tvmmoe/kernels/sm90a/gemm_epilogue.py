@@ -29,18 +29,7 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 EPILOGUE_TOKENS = 32  # evaluated together
-
-
-class Results:
-    """How a problem stores its rows; one that stores them otherwise overrides :meth:`store_chunk`."""
-
-    chunk_columns = 8  # that a lane stores
-
-    def store_chunk(self, is_inside, place, row, column) -> None:
-        """Columns of a row of bf16, from shared memory, if they are ``is_inside``. All lanes of a warp call it."""
-        with if_(is_inside):
-            words = load_vec4(place, "shared")
-            store_vec4(address(self.out, (row * self.out_width + column) * 2), words)
+COLUMNS = 8  # of a row that a lane stores
 
 
 class Epilogue:
@@ -137,17 +126,18 @@ class Epilogue:
             isa.stmatrix_transposed(self.outs.ptr_to([self.out_base + token * self.pitch + column * 2]), pairs)
 
     def _copy_rows(self, tile: Tile, first: int) -> None:
-        columns = self.p.chunk_columns
-        chunks = self.out_columns // columns  # of a row
+        chunks = self.out_columns // COLUMNS  # of a row
         per_pass = 128 // chunks
         index = let(self.thread.tid % 128)
         chunk = let(index % chunks)
         for start in range(0, self.chunk_m, per_pass):
             token = let(start + index // chunks)
-            column = self.p.out_column(self, tile) + chunk * columns
+            column = self.p.out_column(self, tile) + chunk * COLUMNS
             inside = T.And(first + token < tile.num_rows, self.p.is_out_column(column))
             if per_pass > self.chunk_m:
                 inside = T.And(inside, token < self.chunk_m)
             row = cast(tile.token_tile * self.c.tile_m + first + token, "int64")
-            place = self.outs.ptr_to([self.out_base + token * self.pitch + chunk * (2 * columns)])
-            self.p.store_chunk(inside, place, row, cast(column, "int64"))
+            place = self.outs.ptr_to([self.out_base + token * self.pitch + chunk * (2 * COLUMNS)])
+            with if_(inside):
+                words = load_vec4(place, "shared")
+                store_vec4(address(self.p.out, (row * self.p.out_width + cast(column, "int64")) * 2), words)

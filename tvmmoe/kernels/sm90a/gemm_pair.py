@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing and both grouped GEMMs as one kernel, for a token or two: there the gap between two kernels is a tenth of the
-time. With more other tiles hide it (T=4 1 %, T=16 5 % slower, gpt-oss-120b on an H100).
+"""Routing and both grouped GEMMs as one kernel, for up to four tokens: there the gap between two kernels is a tenth of the
+time, and hardly two tokens have an expert in common.
 
     tiles    each CTA lists them itself, before its warps part (few_tokens.Roster)
+    rows     one a tile (single_row.py); two tokens of an expert are two tiles
     items    those of gemm1, then those of gemm2, claimed from one counter; each role runs two loops, one after the other
     z        whoever has stored a part of it reports it (Report) to the producers' last warp, which counts it (``z_blocks``,
              of every tile of tokens, cleared by prepare); gemm2 loads tokens once all are there, and before it asks for the
@@ -18,11 +19,10 @@ from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.few_tokens import Roster, is_few
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm, Work
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
-from tvmmoe.kernels.sm90a.gemm1_quantized import QuantizedGemm1
-from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import FEW_ROWS
-from tvmmoe.kernels.sm90a.tile_scheduler import PairScheduler, Tile
+from tvmmoe.kernels.sm90a.single_row import RowGemm1, RowGemm2, SingleRow
+from tvmmoe.kernels.sm90a.tile_scheduler import PairScheduler, RowTile
 from tvmmoe.kernels.sm90a.trace import (
     I,
     Smem,
@@ -47,19 +47,17 @@ def is_served(a, is_gated):
     return T.And(is_few(a), T.And(is_gated, a.per_token_scale == 0))
 
 
-class GemmPair(GroupedGemm):
+class GemmPair(SingleRow, GroupedGemm):
     """Emits the kernel; while tracing, ``p`` is one problem after the other."""
 
     scale_lanes = 64  # a row each; the last warp keeps the books
 
     def __init__(self, a, config: GemmConfig, form: ActivationFormat):
-        self.initializing_thread = 128 * config.warpgroups  # which writes no keys
-        assert config.cluster == 1 and config.rows == self.scale_lanes and config.tile_m == FEW_ROWS, config
-        super().__init__(a, config, Gemm2(a))  # whose results take more shared memory
-        is_bf16 = form == ActivationFormat.bf16
-        self.name = "gemm_pair" if is_bf16 else f"gemm_pair_{form.name}"
-        self.problems = Gemm1(a, is_gated=True) if is_bf16 else QuantizedGemm1(a, form), self.p
-        self.problems[0].operand = a.ws["few_rows"]
+        self.initializing_thread = 128 * config.warpgroups  # which has no key of up to 512 to write
+        assert config.cluster == 1 and config.tile_m == FEW_ROWS and config.k_blocks == config.ks, config
+        self.problems = RowGemm1(a, form), RowGemm2(a)
+        super().__init__(a, config, self.problems[1])
+        self.name = "gemm_pair" if form == ActivationFormat.bf16 else f"gemm_pair_{form.name}"
 
     @property
     def has_scale_map(self) -> bool:
@@ -80,12 +78,12 @@ class GemmPair(GroupedGemm):
             self._run_roles()
 
     def reserved_bytes(self) -> int:
-        return Roster.NUM_BYTES + Report.num_bytes(self.c)
+        return Roster.NUM_BYTES + Report.NUM_BYTES
 
     def _allocate_more(self, smem: Smem) -> None:
         super()._allocate_more(smem)
         self.roster = Roster(self.a, smem, self.thread, (self.c.warpgroups + 1) * 128)
-        self.report = Report(smem, self.c)
+        self.report = Report(smem)
 
     def _initialize(self) -> None:
         """Barriers, and keys for the choice of experts."""
@@ -110,10 +108,10 @@ class GemmPair(GroupedGemm):
         ptx.griddepcontrol.wait()  # which has been over for a while
 
     def _num_token_rows(self, p):
-        return self.a.num_tokens * FEW_ROWS if p is self.problems[0] else super()._num_token_rows(p)
+        return self.a.num_tokens * (1 if p is self.problems[0] else self.a.top_k)
 
-    def _first_token_row(self, tile: Tile):
-        return self.scheduler.window if self.scheduler.wants_first else super()._first_token_row(tile)
+    def _first_token_row(self, tile: RowTile):
+        return self.scheduler.token if self.scheduler.wants_first else tile.token_tile
 
     def _use(self, work: Work) -> None:
         super()._use(work)
@@ -158,8 +156,8 @@ class GemmPair(GroupedGemm):
         """Address of the number of stored parts of z of a tile of tokens."""
         return address(self.a.ws["z_blocks"], cast(token_tile, "int64") * 4)
 
-    def _wait_for_tokens(self, tile: Tile) -> None:
-        num_stored, expected = scalar("int32", T.int32(0)), let(self.scheduler.row_blocks * self.c.row_groups)
+    def _wait_for_tokens(self, tile: RowTile) -> None:
+        num_stored, expected = scalar("int32", T.int32(0)), let(self.scheduler.row_blocks)
         with while_(num_stored < expected):
             assign(num_stored, load("int32", self._count(tile.token_tile), "acquire.gpu.global"))
         ptx["fence.proxy.async.global"]()
@@ -189,50 +187,46 @@ class GemmPair(GroupedGemm):
 
     def _multiply_tiles_of_one(self) -> None:
         if not self.scheduler.wants_first:
-            with if_(self.turn % self.c.warpgroups == self.warpgroup):  # whose report is the next one
+            with if_(self._is_my_turn()):
                 self.report.send(self.turn, T.int32(-1), self.thread)
             self._place_rows()
         super()._multiply_tiles()
 
-    def _store_tile(self, tile: Tile, state) -> None:
-        super()._store_tile(tile, state)
+    def _store(self, tile: RowTile, state, sums) -> None:
+        super()._store(tile, state, sums)
         if self.scheduler.wants_first:
             ptx["fence.proxy.async.global"]()
             self.report.send(self.turn, tile.token_tile, self.thread)
 
 
 class Report:
-    """Which tiles of gemm1 are stored, from consumers to the warp that counts them: each warpgroup has a place, and finishes
-    every ks-th tile. To release z to the GPU takes 0.6 to 1.7 us, for which whoever stored it came late to the next tile."""
+    """Which tiles of gemm1 are stored, from consumers to the warp that counts them: a few places, used in turns. To release z
+    to the GPU takes 0.6 to 1.7 us, for which whoever stored it came late to the next tile."""
 
-    def __init__(self, smem: Smem, config: GemmConfig):
-        assert config.row_groups == 1, config
-        self.num = config.ks
-        self._sent, self._taken = (smem.alloc(self.num, "uint64", 8) for _ in range(2))
-        self._tiles = smem.alloc(self.num, "int32", 4)
+    NUM = 4  # places
+    NUM_BYTES = 20 * NUM
 
-    @staticmethod
-    def num_bytes(config: GemmConfig) -> int:
-        return 20 * config.ks
+    def __init__(self, smem: Smem):
+        self._sent, self._taken = (smem.alloc(self.NUM, "uint64", 8) for _ in range(2))
+        self._tiles = smem.alloc(self.NUM, "int32", 4)
 
     def initialize(self) -> None:
         """By one thread, before the CTA synchronises."""
-        for i in range(self.num):
-            ptx.mbarrier.init.shared.b64(self._sent.ptr_to([i]), u32(4))  # warps
+        for i in range(self.NUM):
+            ptx.mbarrier.init.shared.b64(self._sent.ptr_to([i]), u32(1))
             ptx.mbarrier.init.shared.b64(self._taken.ptr_to([i]), u32(1))
 
     def place(self, turn) -> tuple:
         """Of the turn's report, and the parity of its barriers."""
-        return let(turn % self.num), let(cast(turn // self.num, "uint32") & u32(1))
+        return let(turn % self.NUM), let(cast(turn // self.NUM, "uint32") & u32(1))
 
     def send(self, turn, token_tile, thread) -> None:
-        """The turn's tile, negative after the last one, by all threads of the warpgroup whose turn it is."""
+        """The turn's tile, negative after the last one, by the warp whose turn it is. At most NUM of them are under way."""
         place, parity = self.place(turn)
         cuda.mbarrier_wait(self._taken.ptr_to([place]), parity ^ u32(1))
         cuda.warp_sync()
         with if_(thread.lane == 0):
-            with if_(thread.warp % 4 == 0):
-                I.buffer_store(self._tiles, token_tile, [place])
+            I.buffer_store(self._tiles, token_tile, [place])
             ptx.mbarrier.arrive.shared.b64(self._sent.ptr_to([place]), u32(1))
 
     def receive(self, turn, thread):

@@ -14,7 +14,7 @@ subnormal and multiplies as one). One mul.bf16x2 by 2^126 * scale then gives e2m
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.sm90a.trace import assign, cast, cuda, let, ptx, regs, scalar, u32
+from tvmmoe.kernels.sm90a.trace import assign, bits, cast, cuda, let, ptx, regs, scalar, store, u32
 
 NVFP4_SHIFT = 8
 SQRT_HALF = 0.707106769084930419921875  # as float32
@@ -86,7 +86,8 @@ SHIFT_FACTORS = (64, 4)
 
 
 def decode_word(word, multiplier, destination, r: int, factors) -> None:
-    """Eight e2m1 of ``word`` -> four bf16 pairs: destination[4 * step + 2 * h + r] of MMA steps 0 and 1.
+    """Eight e2m1 of ``word`` -> four bf16 pairs: destination[4 * step + 2 * h + r] of MMA steps 0 and 1; without
+    ``multiplier`` they stay times 2^-126.
 
     With ``factors``, registers that hold SHIFT_FACTORS: a nibble n = 8 s + eem times 64 has eem in place and s in bit 9;
     adding 0x7E00 carries s into bit 15 and leaves bits 14:9 to be cleared. That is two ALU operations a pair; without
@@ -101,7 +102,11 @@ def decode_word(word, multiplier, destination, r: int, factors) -> None:
             magnitude = (word << u32(6 - 4 * position)) if position < 2 else (word >> u32(4 * position - 6))
             sign = (word << u32(12 - 4 * position)) if position < 3 else word
             pair = let((magnitude & u32(0x01C001C0)) | (sign & u32(0x80008000)))
-        ptx["mul.rn.bf16x2"](destination[position // 2 * 4 + position % 2 * 2 + r], pair, multiplier)
+        index = position // 2 * 4 + position % 2 * 2 + r
+        if multiplier is None:
+            store(destination, pair, index)
+        else:
+            ptx["mul.rn.bf16x2"](destination[index], pair, multiplier)
 
 
 def scale_again(destination, multiplier, r: int) -> None:
@@ -142,19 +147,33 @@ class E4m3Multipliers:
     def __init__(self, scale_pairs):
         self._values = []
         for pair in scale_pairs:
-            halves = scalar("uint32")
-            ptx["cvt.rn.f16x2.e4m3x2"](halves, pair)
             out = regs(2, "uint32")
-            for i in range(2):
-                half = let(cast((halves >> u32(16 * i)) & u32(0xFFFF), "uint16"))
-                value = scalar("float32")
-                ptx["cvt.f32.f16"](value, T.reinterpret("float16", half))
+            for i, value in enumerate(e4m3_factors(pair)):
                 scaled = let(value * T.float32(2.0 ** (126 - NVFP4_SHIFT)))
                 ptx["cvt.rn.bf16x2.f32"](out[i], scaled, scaled)
             self._values.append(out)
 
     def first(self, row: int, word: int):
         return self._values[row][word // 2]
+
+
+def ue8m0_factor(byte):
+    """2^(b - 127) as float32; b = 0 is subnormal, b = 255 is NaN: infinity times zero."""
+    power = let(bits(let(T.max(byte << u32(23), u32(1 << 22))), "float32"))
+    return let(T.call_pure_extern("float32", "fmaf", power, T.float32(0), power))
+
+
+def e4m3_factors(pair) -> list:
+    """Two e4m3 as float32."""
+    halves = scalar("uint32")
+    ptx["cvt.rn.f16x2.e4m3x2"](halves, pair)
+    factors = []
+    for i in range(2):
+        half = let(cast((halves >> u32(16 * i)) & u32(0xFFFF), "uint16"))
+        value = scalar("float32")
+        ptx["cvt.f32.f16"](value, T.reinterpret("float16", half))
+        factors.append(value)
+    return factors
 
 
 def stmatrix_transposed(pointer, pairs) -> None:

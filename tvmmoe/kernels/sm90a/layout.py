@@ -7,7 +7,8 @@ and p + 4, which one mask and one multiply turn into a bf16 pair. So MMA positio
 
     i = 16 j + 8 h + 2 q + b    (j < 8, h < 2, q < 4, b < 2)    is column    k = 32 q + 8 (j//2) + 2 (j%2) + h + 4 b
 
-and whoever writes an activation (gather, gemm1) writes it in this order, with rows padded to whole blocks by zeros.
+and whoever writes an activation (gather, gemm1) writes it in this order, with rows padded to whole blocks by zeros. Those of
+up to four tokens have an order of their own (single_row.py).
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from tvmmoe.config import WeightFormat
 from tvmmoe.workspace import Slice, max_num_tiles, pack
 
 K_BLOCK = 128
-FEW_TOKENS = 2  # of gemm_pair
+FEW_TOKENS = 4  # of gemm_pair
 MAX_FEW_PAIRS = 32  # of such a call, a lane each
-FEW_ROWS = 8  # of a tile there
+FEW_ROWS = 8  # of a tile as results number them
+ROW_BLOCK_BYTES = 512  # of a single row, K_BLOCK columns in two windows (single_row.py)
 PAIRS_PER_CTA = 1024  # of permute: (token, slot) pairs that one CTA ranks
 
 
@@ -51,6 +53,7 @@ def slices(
     pairs = num_tokens * top_k
     num_tiles = max_num_tiles(pairs, local_num_experts, tile_m, minimum)
     rows = num_tiles * tile_m
+    few_tokens = minimum(num_tokens, FEW_TOKENS)
     num_chunks = (pairs + PAIRS_PER_CTA - 1) // PAIRS_PER_CTA
     result, total = pack({
         "topk_ids": pairs * 4,
@@ -67,7 +70,8 @@ def slices(
         "x_scale": rows * padded(hidden_size) // 32,
         "z_scale": rows * padded(intermediate_size) // 32,
         "z_blocks": MAX_FEW_PAIRS * 4,
-        "few_rows": minimum(num_tokens, FEW_TOKENS) * FEW_ROWS * padded(hidden_size) * 2,
+        "few_x": few_tokens * padded(hidden_size) // K_BLOCK * ROW_BLOCK_BYTES,
+        "few_z": few_tokens * top_k * padded(intermediate_size) // K_BLOCK * ROW_BLOCK_BYTES,
     })  # fmt: skip
     result["gemm2_output"] = result["x"]
     return result, total

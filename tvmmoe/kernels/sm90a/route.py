@@ -132,9 +132,11 @@ class Router:
                 with if_(place < count):
                     self._write_key(place, self._value(raw, a.logits_is_bf16), bias, has_bias)
 
-        if self.threads >= self.entries:  # in every CTA of the card: none may ask L2 for what it does not need
-            with if_(self.thread.tid < count):
-                write([self.thread.tid], [self.thread.tid])
+        if self.entries <= 2 * self.threads:  # in every CTA of the card: who has no key asks for none, or again for its own
+            tid = self.thread.tid
+            with if_(tid < count):
+                places = [let(tid + first) for first in range(0, self.entries, self.threads)]
+                write(places, [let(T.Select(place < count, place, tid)) for place in places])
             return
         with for_((count + self.threads * BATCH - 1) // (self.threads * BATCH)) as batch:
             places = [let((batch * BATCH + i) * self.threads + self.thread.tid) for i in range(BATCH)]

@@ -50,8 +50,19 @@ class Tile(NamedTuple):
     num_rows: object  # live tokens
 
 
+class RowTile(NamedTuple):
+    """What a CTA of gemm_pair works on."""
+
+    token_tile: object  # number of a pair in the Roster, whose row of z it is; negative: there is none left
+    row_block: object
+    expert: object
+    row: object  # of gemm2_output
+
+
 class TileScheduler:
     """Tiles of one GEMM. The TMA warp's role finds and announces them, the others follow; each has its own ``tile``."""
+
+    tile_type = Tile
 
     def __init__(self, a, config: GemmConfig, number: int):
         self.a, self.c, self.number, self.num_ctas = a, config, number, NUM_CTAS
@@ -82,7 +93,7 @@ class TileScheduler:
     def _begin_role(self) -> None:
         """Registers of one role: what all of them shared would not stay in uniform ones."""
         self.num_seen = scalar("int32", T.int32(0))
-        self.tile = Tile(*(scalar("int32", T.int32(0)) for _ in Tile._fields))
+        self.tile = self.tile_type(*(scalar("int32", T.int32(0)) for _ in self.tile_type._fields))
 
     @property
     def is_left(self):
@@ -203,6 +214,7 @@ class PairScheduler(TileScheduler):
     """
 
     wants_first = True  # while tracing: of which GEMM
+    tile_type = RowTile
 
     def __init__(self, a, config: GemmConfig, number: int):
         super().__init__(a, config, number)
@@ -212,10 +224,10 @@ class PairScheduler(TileScheduler):
         """Before the CTA has its list; :meth:`lead` counts what that has."""
         self.row_blocks, self.second_row_blocks, self.roster = let(row_blocks), let(second_row_blocks), roster
         self.rank = T.int32(0)
-        self.claimed, self.window = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
+        self.claimed, self.token = scalar("int32", T.int32(0)), scalar("int32", T.int32(0))
 
     def _read_list(self, space: str) -> None:
-        for register, value in zip((*self.tile[2:], self.window), self.roster.tile(self.tile.token_tile), strict=True):
+        for register, value in zip((*self.tile[2:], self.token), self.roster.tile(self.tile.token_tile), strict=True):
             assign(register, value)
 
     def _begin_role(self) -> None:
@@ -243,13 +255,13 @@ class PairScheduler(TileScheduler):
 
     def _place(self):
         words, ring, barrier = super()._place()
-        words[-1] = let(words[-1] | cast(self.is_second << 16, "uint32"))  # above the number of live tokens
+        words[-1] = let(words[-1] | cast(self.is_second << 16, "uint32"))  # above the row
         return words, ring, barrier
 
     def read_again(self) -> None:
         super().read_again()
-        assign(self.is_second, self.tile.num_rows >> 16 & 1)
-        assign(self.tile.num_rows, self.tile.num_rows & 0xFFFF)
+        assign(self.is_second, self.tile.row >> 16 & 1)
+        assign(self.tile.row, self.tile.row & 0xFFFF)
 
 
 def _counter(a, number: int):
