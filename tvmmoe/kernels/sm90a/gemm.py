@@ -149,16 +149,12 @@ class GroupedGemm(Multiply, Epilogue):
 
     def _token_maps(self, p) -> tuple:
         """A map for each width, whose box is a stage's columns; or one for boxes of ``width_step`` rows of 128 bytes."""
-        c, row, rows = self.c, 128 // self.token_bytes, self._num_token_rows(p)
+        c, row, rows = self.c, 128 // self.token_bytes, self.a.max_tiles * self.c.tile_m
         encode = functools.partial(tensor_map, address(p.operand), dtype=self.token_dtype, swizzle=3)
         if not c.loads_columns_at_once:
             return (encode([p.padded_k, rows], [2 * p.padded_k], [row, c.width_step]),)
         dims, strides = [row, rows, p.padded_k // row], [2 * p.padded_k, T.int64(128)]
         return tuple(encode(dims, strides, [row, width, self.token_pieces]) for width in c.widths)
-
-    def _num_token_rows(self, p):
-        """Of the problem's operand."""
-        return self.a.max_tiles * self.c.tile_m
 
     def _x_piece(self, width: int) -> int:
         """Bytes from one 128-byte piece of a stage's tokens to the next."""
@@ -367,7 +363,7 @@ class GroupedGemm(Multiply, Epilogue):
     def _load_tokens(self, tile: Tile, step, x_bytes, token_map) -> None:
         """A stage's token boxes; the CTAs of a cluster share them, and all get all."""
         c, rank, box = self.c, self.scheduler.rank, self.c.width_step
-        first = self._first_token_row(tile)
+        first = tile.token_tile * c.tile_m
         if c.loads_columns_at_once:
             self._load_box(token_map, 0, [0, first, step * self.token_pieces])
             return
@@ -383,10 +379,6 @@ class GroupedGemm(Multiply, Epilogue):
         num_boxes = x_bytes // (self.token_pieces * 128 * box)
         with for_((num_boxes + (c.cluster - 1 - rank)) // c.cluster) as turn:
             load_rows((turn * c.cluster + rank) * box)
-
-    def _first_token_row(self, tile: Tile):
-        """Where the tile's tokens begin in the operand."""
-        return tile.token_tile * self.c.tile_m
 
     def _load_box(self, token_map, row, place) -> None:
         """A box to a row of 128 bytes in the stage."""

@@ -107,11 +107,9 @@ class GemmPair(SingleRow, GroupedGemm):
         cuda.cta_sync()
         ptx.griddepcontrol.wait()  # which has been over for a while
 
-    def _num_token_rows(self, p):
-        return self.a.num_tokens * (1 if p is self.problems[0] else self.a.top_k)
-
-    def _first_token_row(self, tile: RowTile):
-        return self.scheduler.token if self.scheduler.wants_first else tile.token_tile
+    def _load_tokens(self, tile: RowTile, step, x_bytes, token_map) -> None:
+        row = self.scheduler.token if self.scheduler.wants_first else tile.token_tile
+        self._load_box(token_map, 0, [0, step * self.c.k_blocks, row])
 
     def _use(self, work: Work) -> None:
         super()._use(work)

@@ -30,7 +30,7 @@ from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import BARRIER_BYTES, SMEM_BYTES, GemmConfig, SharedMemory
 from tvmmoe.kernels.sm90a.layout import K_BLOCK, ROW_BLOCK_BYTES
 from tvmmoe.kernels.sm90a.requantize import amax_bits, round_mxfp8, round_nvfp4
-from tvmmoe.kernels.sm90a.tile_scheduler import Tile
+from tvmmoe.kernels.sm90a.tile_scheduler import RowTile
 from tvmmoe.kernels.sm90a.trace import (
     Smem,
     address,
@@ -51,7 +51,6 @@ from tvmmoe.kernels.sm90a.trace import (
     store_to,
     tensor_map,
     u32,
-    while_,
 )  # fmt: skip
 
 ZERO_BYTES = 512  # what lanes without tokens load: at the same offsets as those with, from other banks
@@ -76,6 +75,7 @@ class RowGemm1(Gemm1):
     def __init__(self, a, form: ActivationFormat):
         super().__init__(a, is_gated=True)
         self.form, self.operand, self.out = form, a.ws["few_x"], a.ws["few_z"]
+        self.num_token_rows = a.num_tokens  # of the operand
 
     def row_map(self, c: GemmConfig, base, row, box_bytes: int):
         size = self.a.intermediate_size
@@ -83,10 +83,10 @@ class RowGemm1(Gemm1):
         box = [box_bytes, self.columns(c), self.halves]
         return tensor_map(address(base), dims, strides, box, "uint8", 0, c.l2_promotion)
 
-    def row_coordinates(self, c: GemmConfig, tile: Tile):
+    def row_coordinates(self, c: GemmConfig, tile: RowTile):
         return [let(tile.row_block * self.columns(c)), let(tile.expert * self.halves)]
 
-    def _column(self, c: GemmConfig, tile: Tile, smem_row):
+    def _column(self, c: GemmConfig, tile: RowTile, smem_row):
         return tile.row_block * self.columns(c) + smem_row % self.columns(c)
 
     def first_row(self, gemm: "SingleRow"):
@@ -103,7 +103,7 @@ class RowGemm1(Gemm1):
         column = lane % self.columns(c)
         return [column, column + self.columns(c)]
 
-    def store_row(self, gemm: "SingleRow", tile: Tile, state, sums) -> None:
+    def store_row(self, gemm: "SingleRow", tile: RowTile, state, sums) -> None:
         """A column a lane, in both windows: lanes of columns v and v + 4 of 8 store a word each of their pair."""
         assert self.form == ActivationFormat.bf16 or self.columns(gemm.c) == 32, gemm.c  # a scale block or two
         lane = gemm.thread.lane
@@ -136,14 +136,14 @@ class RowGemm2(Gemm2):
 
     def __init__(self, a):
         super().__init__(a)
-        self.operand = a.ws["few_z"]
+        self.operand, self.num_token_rows = a.ws["few_z"], a.num_tokens * a.top_k
 
     def rows_of(self, c: GemmConfig, lane) -> list:
         """The tile's rows that a lane of the finishing warp evaluates."""
         row = 2 * (lane % (c.rows // 2))
         return [row, row + 1]
 
-    def store_row(self, gemm: "SingleRow", tile: Tile, state, sums) -> None:
+    def store_row(self, gemm: "SingleRow", tile: RowTile, state, sums) -> None:
         """Two columns a lane."""
         values = [self.values(gemm, state, 0, matrix, [sums], [None])[0] for matrix in range(2)]
         lane = gemm.thread.lane
@@ -197,14 +197,11 @@ class SingleRow:
 
     def _token_maps(self, p) -> tuple:
         num_blocks, row = p.padded_k // K_BLOCK, ROW_BLOCK_BYTES // 2
-        dims, strides = [T.int64(row), num_blocks, self._num_token_rows(p)], [T.int64(2 * row), 2 * row * num_blocks]
+        dims, strides = [T.int64(row), num_blocks, p.num_token_rows], [T.int64(2 * row), 2 * row * num_blocks]
         return (tensor_map(address(p.operand), dims, strides, [row, self.c.k_blocks, 1], self.token_dtype, 0),)
 
-    def _token_bytes(self, tile: Tile):
+    def _token_bytes(self, tile: RowTile):
         return T.int32(self.x_stage)
-
-    def _load_tokens(self, tile: Tile, step, x_bytes, token_map) -> None:
-        self._load_box(token_map, 0, [0, step * self.c.k_blocks, self._first_token_row(tile)])
 
     # ---------------------------------------------------------------------------------------------------- consumers
 
@@ -232,11 +229,6 @@ class SingleRow:
         self.fragment_rows = self.rows[0]
         self.rows = [[let(row) for row in self.p.rows_of(self.c, self.thread.lane)]]
 
-    def _multiply_tiles(self) -> None:
-        with while_(self.scheduler.is_left):
-            self._compute_tile()
-            self.scheduler.advance()
-
     def _compute_tile(self) -> None:
         tile = self.scheduler.tile
         state = self.p.begin_tile(self, tile, self._early_expert(tile))
@@ -261,7 +253,7 @@ class SingleRow:
         """Whether this warp finishes the tile."""
         return self.turn % (4 * self.c.warpgroups) == self.thread.warp
 
-    def _store(self, tile: Tile, state, sums) -> None:
+    def _store(self, tile: RowTile, state, sums) -> None:
         """By one warp."""
         self.p.store_row(self, tile, state, sums)
 
