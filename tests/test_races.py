@@ -17,7 +17,8 @@ from tvmmoe.testing import Case, make_case, rel_l2
 
 tvm_ffi = pytest.importorskip("tvm_ffi")
 pytest.importorskip("tvm")
-from tvmmoe.kernels.sm90a import gemm, gemm_pair, simulate, single_row  # noqa: E402
+from tvmmoe.kernels.sm90a import gemm, gemm_pair, simulate  # noqa: E402
+from tvmmoe.kernels.sm90a.by_scale_block import ByScaleBlock  # noqa: E402
 from tvmmoe.kernels.sm90a.operator import hand_chosen  # noqa: E402
 from tvmmoe.kernels.sm90a.trace import I, cuda, if_, ptx, u32  # noqa: E402
 from tvmmoe.kernels.sm120a.simulate import compile_so  # noqa: E402
@@ -30,6 +31,7 @@ KERNELS = {
     "m16_short": (MX, 16, 40, 544), "m32": (MX, 32, 60, 544), "m64": (MX, 64, 100, 544), "m96": (NV, 96, 150, 544),
     "m64_aligned": (MX, 64, 100, 544), "m96_aligned": (MX, 96, 150, 544),
     "m8_nvfp4_aligned": (NV, 8, 24, 1280), "m32_nvfp4_aligned": (NV, 32, 60, 768),
+    "m8_thin": (MX, 8, 7, 1056), "m8_thin_short": (MX, 8, 7, 544),
     "m256_cluster": (MX, 256, 300, 544), "pair": (MX, 8, 2, 544), "pair_nvfp4": (NV, 8, 1, 544),
     "pair_mxfp8": (MX, 8, 2, 544), "pair_nvfp4_tokens": (NV, 8, 2, 544),
 }  # fmt: skip
@@ -37,8 +39,9 @@ KERNELS = {
 FORMATS = {"pair_mxfp8": ActivationFormat.mxfp8, "pair_nvfp4_tokens": ActivationFormat.nvfp4}
 SIZES = dict(hidden_size=544, has_gemm1_bias=True)
 ALIGNED = dict(hidden_size=1536)  # rows of scales are whole pieces of 16 bytes: passed through registers, or loaded by TMA
+THIN = dict(num_experts=12)  # most have one or two rows
 # Run with each consumer warpgroup as late as it can be, too:
-LATE = {"m8", "m16_short", "pair", "m96", "m96_aligned", "m32_nvfp4_aligned", "m256_cluster"}
+LATE = {"m8", "m8_thin", "m16_short", "pair", "m96", "m96_aligned", "m32_nvfp4_aligned", "m256_cluster"}
 
 
 class Watched:
@@ -63,6 +66,7 @@ def races(
     watched = Watched(symbol, change(source), folder / "watched.so")
     changes = dict(weight_format=weight_format, num_tokens=num_tokens, intermediate_size=intermediate_size) | SIZES
     changes |= ALIGNED if name.endswith("_aligned") else {}
+    changes |= THIN if "_thin" in name else {}
     changes["activation_format"] = FORMATS.get(name, ActivationFormat.bf16)
     case = Case(**vars(SMALL) | changes)
     kwargs = make_case(case)
@@ -149,17 +153,26 @@ def test_stages_are_released_after_their_last_matrices(monkeypatch, tmp_path):
     assert races("m8", tmp_path)[0] > 0
 
 
-def test_stages_of_single_rows_are_released_once_they_are_read(monkeypatch, tmp_path):
-    multiply, release = single_row.SingleRow._multiply_stage, gemm.GroupedGemm._release
+@pytest.mark.parametrize("name", ["pair", "m8_thin"])
+def test_stages_of_columns_are_released_once_they_are_read(name, monkeypatch, tmp_path):
+    multiply, release = ByScaleBlock._multiply_stage_by_scale_block, gemm.GroupedGemm._release
 
-    def multiply_stage(self):
+    def multiply_stage(self, blocks):
         cuda.warp_sync()
         release(self, self.stage)
-        multiply(self)
+        self._release = lambda stage: None
+        multiply(self, blocks)
+        del self._release
 
-    monkeypatch.setattr(single_row.SingleRow, "_multiply_stage", multiply_stage)
-    monkeypatch.setattr(gemm.GroupedGemm, "_release", lambda self, stage: None)
-    assert races("pair", tmp_path)[0] > 0
+    monkeypatch.setattr(ByScaleBlock, "_multiply_stage_by_scale_block", multiply_stage)
+    assert races(name, tmp_path)[0] > 0
+
+
+def test_columns_are_read_once_results_are_stored(monkeypatch, tmp_path):
+    """gemm1 stores z of a thin tile a second time, from the same place in shared memory."""
+    monkeypatch.setattr(gemm.GroupedGemm, "_copy_rows", lambda self, tile, first: None)  # leaves _copy_columns
+    monkeypatch.setattr(gemm.GroupedGemm, "_warpgroup_sync", lambda self: None)
+    assert races("m8_thin", tmp_path)[0] > 0
 
 
 def test_parts_are_reported_before_the_listener_is_woken(monkeypatch, tmp_path):

@@ -15,10 +15,12 @@ from tvm.tirx.script.builder import ir as I  # noqa: E741
 from tvmmoe.config import Problem, WeightFormat
 from tvmmoe.kernels.sm90a import build as sm90a_build
 from tvmmoe.kernels.sm90a import gemm_config as kernel
+from tvmmoe.kernels.sm90a.by_scale_block import ZERO_BYTES
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
-from tvmmoe.kernels.sm90a.layout import FEW_TOKENS, slices
+from tvmmoe.kernels.sm90a.layout import FEW_TOKENS, THIN_TILE_M, slices
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, Arguments, hand_chosen
+from tvmmoe.kernels.sm90a.thin_tiles import has_thin_tiles
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
 from tvmmoe.kernels.sm90a.trace import kernel as kernel_of
@@ -84,7 +86,7 @@ def by_tile_height(
 
     Of up to four tokens gemm_pair computes nearly all calls in the operator, with decisions of its own.
     """
-    measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS]
+    measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS and is_legal(m.task, m.config)]
     tiles = SHORT_TILES if stage == "gemm2" else {}
     of_short = [m for m in measurements if _is_short(m.task)]
     rest = [m for m in measurements if not _is_short(m.task)]
@@ -102,7 +104,9 @@ def is_legal(task: Task, config: dict[str, int]) -> bool:
         registers = c.mi * c.tile_m < (128 if c.warpgroups == 2 else 32)
     fits = c.tile_m in knobs(task)["tile_m"] and c.ks <= c.warpgroups and c.k_blocks % c.ks == 0
     shares = c.cluster == 1 or c.tile_m >= MIN_SHARED_TILE
-    return fits and registers and shares and _num_stages(task, c) >= 2
+    # What one GEMM of a variant multiplies so, the other stores.
+    is_thin = (c.weight_format, c.tile_m) != (WeightFormat.mxfp4, THIN_TILE_M) or has_thin_tiles(c)
+    return fits and registers and shares and is_thin and _num_stages(task, c) >= 2
 
 
 def _num_stages(task: Task, c: kernel.GemmConfig) -> int:
@@ -111,7 +115,7 @@ def _num_stages(task: Task, c: kernel.GemmConfig) -> int:
     matrices = 1 if problem is Gemm1 else 2
     if c.rows > 256 or (problem is Gemm1 and 128 % (c.rows // 2)):
         return 0
-    return kernel.shared_memory(c, matrices).stages
+    return kernel.shared_memory(c, matrices, reserved=ZERO_BYTES if has_thin_tiles(c) else 0).stages
 
 
 def features(task: Task, config: dict[str, int]) -> list[float]:
@@ -145,7 +149,7 @@ def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
         else:
             gemm2(a, c)
 
-    return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch)
+    return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch, has_thin_tiles(c))
 
 
 def _clear_claims(a: Arguments) -> None:
@@ -157,14 +161,14 @@ def _clear_claims(a: Arguments) -> None:
 
 
 def host_function(
-    name: str, tile_m: int, launch_params: list[str], launch: Callable[[Arguments], None]
+    name: str, tile_m: int, launch_params: list[str], launch: Callable[[Arguments], None], thin: bool = False
 ) -> tvm.tirx.PrimFunc:
     """A packed function that takes the operator's arguments and launches what ``launch`` emits."""
     with IRBuilder() as builder:
         with I.prim_func():
             I.func_name(name)
             I.func_attr({"global_symbol": name, "tirx.kernel_launch_params": launch_params})
-            launch(Arguments(tile_m))
+            launch(Arguments(tile_m, thin))
     return builder.get()
 
 

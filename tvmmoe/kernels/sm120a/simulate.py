@@ -209,6 +209,7 @@ inline void ld_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
   a = w[0], b = w[1], c = w[2], d = w[3];
 }
 template <class T> void ld_relaxed_gpu_global_b32(T& d, const void* p) { ld_global_b32(d, p); }
+template <class T> void ld_relaxed_gpu_global_b64(T& d, const void* p) { memcpy(&d, p, 8); }
 // Asked again and again until someone has written it, who must be let on.
 template <class T> void ld_acquire_gpu_global_b32(T& d, const void* p) { sim::yield(), ld_global_b32(d, p); }
 inline void ld_relaxed_gpu_global_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {

@@ -30,6 +30,8 @@ TILES = {
 class Variant(sm90a.Variant):
     """Compile-time choices of one artifact entry."""
 
+    has_thin_tiles = False
+
     @property
     def ungated_gemm1(self) -> GemmConfig:
         """Any tile will do without a gate."""

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
-from tvmmoe.kernels.sm90a.layout import FEW_ROWS, FEW_TOKENS, MAX_FEW_PAIRS, padded
+from tvmmoe.kernels.sm90a.layout import FEW_ROWS, FEW_TOKENS, K_BLOCK, MAX_FEW_PAIRS, column_offset, padded
 from tvmmoe.kernels.sm90a.route import PER_LANE, Router
 from tvmmoe.kernels.sm90a.single_row import windows_of
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
@@ -76,9 +76,9 @@ def prepare(a, form: ActivationFormat) -> None:
         pairs, width = chunk.pairs(), padded(a.hidden_size)
         windows = zip(*(windows_of(let(pairs[i])) for i in range(4)), strict=True)
         with if_(chunk.position < width):
-            row = a.ws["few_x"] + (cast(token, "int64") * width + chunk.position) * 4
+            block = a.ws["few_x"] + (cast(token, "int64") * width + chunk.position // K_BLOCK * K_BLOCK) * 4
             for i, words in enumerate(windows):
-                store_vec4(address(row, 16 * i), words)
+                store_vec4(address(block, cast(column_offset(chunk.word, i, chunk.lane), "int64")), words)
 
 
 class Roster:

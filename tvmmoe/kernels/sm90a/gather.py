@@ -6,14 +6,16 @@
     order    a 4x4 exchange of words in each quad turns column order into K order (layout.py)
     store    16 bytes a thread into every row of the token; columns past H are zeros
 
-Rows nobody writes (padding of a tile) only meet accumulator columns that nobody reads.
+Rows nobody writes (padding of a tile) only meet accumulator columns that nobody reads; two of them may hold the tile's
+columns (thin_rows.py).
 """
 
 from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
-from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.layout import K_BLOCK, padded
+from tvmmoe.kernels.sm90a.thin_rows import columns_address, to_columns
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
     address,
@@ -118,13 +120,20 @@ class Encoded:
 
 
 class Chunk:
-    """Eight columns of a token: thread l of 16 reads chunk 4q + m of its 128-block and writes chunk 4m + q = l."""
+    """Eight columns of a token: thread l of 16 reads chunk 4q + m of its 128-block and writes chunk 4m + q = l.
 
-    def __init__(self, a, form: ActivationFormat, token, segment, thread, columns: int):
-        l16 = thread.tid % 16
-        base = let(segment * columns + thread.tid // 16 * 128)
-        self.a, self.token, self.thread = a, token, thread
-        self.column = let(cast(base + (l16 % 4) * 32 + (l16 // 4) * 8, "int64"))
+    A segment has so many ``columns``, a thread 8 of them; of ``num_parts`` of the CTA's threads each has all of them, and
+    writes some rows.
+    """
+
+    def __init__(self, a, form: ActivationFormat, token, segment, thread, columns: int, num_parts: int = 1):
+        index = thread.tid if num_parts == 1 else let(thread.tid % (columns // 8))
+        l16 = index % 16
+        base = let(segment * columns + index // 16 * 128)
+        self.a, self.token, self.thread, self.num_parts = a, token, thread, num_parts
+        self.part = T.int32(0) if num_parts == 1 else let(thread.tid // (columns // 8))
+        self.lane, self.word = l16 % 4, l16 // 4  # of a quad, and of its words
+        self.column = let(cast(base + self.lane * 32 + self.word * 8, "int64"))
         self.position = let(cast(base + l16 * 8, "int64"))
         self.encoded = Encoded(form)
 
@@ -139,32 +148,37 @@ class Chunk:
         to_pairs(words)
         return words
 
-    def operand(self):
-        """The same in K order."""
-        words = self.pairs()
-        exchange_quad(words, self.thread.lane)
-        return words
-
-    def write(self, row_of_slot) -> None:
-        """Store the chunk, decoded and in K order, to every row of the token, and the rows' scale once."""
+    def write(self, row_of_slot, is_thin=None) -> None:
+        """Store the chunk, decoded and in K order, to every row of the token (each part to some), to those of thin slots as
+        columns, too, and the rows' scale once."""
         a, width = self.a, padded(self.a.hidden_size)
-        words = self.operand()
+        words = self.pairs()
+        columns = None if is_thin is None else [to_columns(words[i]) for i in range(4)]
+        exchange_quad(words, self.thread.lane)
         with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:
             rows = []
-            for i in range(SLOTS_AT_ONCE):
-                k = let(group * SLOTS_AT_ONCE + i)
+            for i in range(0, SLOTS_AT_ONCE, self.num_parts):
+                k = let(group * SLOTS_AT_ONCE + i + self.part)
                 row = scalar("int32", T.int32(-1))
                 with if_(k < cast(a.top_k, "int32")):
                     assign(row, row_of_slot(k))
-                rows.append(row)
-            for row in rows:
+                rows.append((k, row))
+            for k, row in rows:
                 with if_(row >= 0):
+                    if is_thin is not None:
+                        with if_(is_thin(k)):
+                            with if_(self.position < width):
+                                self._store_columns(row, columns)
                     with if_(self.position < width):
                         offset = cast(row, "int64") * width + self.position
                         store_vec4(address(a.ws["x"], offset * 2), words)
                     with if_(T.And(a.per_token_scale != 0, self.position == 0)):
                         scale = load("float32", address(a.per_token_scale, cast(self.token, "int64") * 4))
                         store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), scale)
+
+    def _store_columns(self, row, columns) -> None:
+        width, block = padded(self.a.hidden_size), cast(self.position // K_BLOCK, "int32")
+        store_vec4(columns_address(self.a.ws["x"], width, row, block, self.word, self.lane), columns)
 
 
 def gather(a, form: ActivationFormat) -> None:

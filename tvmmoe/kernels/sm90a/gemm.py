@@ -16,9 +16,9 @@
     ks = 2, 4    that many own the same 64 * mi rows and share the K blocks of a stage, partial sums meet in shared
                  memory: more, smaller tiles for decode
 
-A stage's full barrier counts the TMA bytes, one arrival of the TMA warp and one of each lane of the scale warps or for it;
-its empty barrier one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens, scale bytes
-there are zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
+A stage's full barrier counts the TMA bytes, ``operand_arrivals`` of the TMA warp and one of each lane of the scale warps or
+for it; its empty barrier one per consumer warp. K past the end is zero on both sides: TMA zero-fills weights and tokens,
+scale bytes there are zero. A tile multiplies (``widths``) and loads only as many token columns as its rows need.
 
 A problem that ``knows_tiles`` (gemm2: an earlier kernel than the one before it wrote the tile list) fills the stages of its
 first tile with weights before it waits for that kernel, so that DRAM is not idle between the two.
@@ -87,6 +87,7 @@ class GroupedGemm(Multiply, Epilogue):
 
     scale_lanes = 96  # three warps copy scales
     initializing_thread = 0  # of barriers
+    operand_arrivals = 1  # of the TMA warp at a stage's full barrier
     token_dtype, token_bytes = "bfloat16", 2  # of the operand; its rows are 2 * padded_k bytes apart in any case
 
     def __init__(self, a, config: GemmConfig, problem):
@@ -96,6 +97,7 @@ class GroupedGemm(Multiply, Epilogue):
         self.x_block, self.w_block, self.s_stage, self.pitch, self.partial_words, self.stages, self.chunk_m = memory
         self.x_stage, self.w_stage = c.k_blocks * self.x_block, c.k_blocks * self.w_block
         self.per_warpgroup = c.k_blocks // c.ks  # K blocks of a stage that one warpgroup multiplies
+        self.first_block = self.per_warpgroup  # from a warpgroup's first one to the next warpgroup's
         self.partial_total = c.partial_buffers * self.partial_words
         self.out_bytes = self.chunk_m * c.warpgroups * self.pitch
         self.acc_count = c.tile_m // 2
@@ -227,7 +229,7 @@ class GroupedGemm(Multiply, Epilogue):
         with if_(self.thread.tid == self.initializing_thread):
             releases = u32(4 * self.c.warpgroups * self.c.cluster)
             for i in range(s):
-                ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(1 + self.scale_lanes))
+                ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), u32(self.operand_arrivals + self.scale_lanes))
                 ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), releases)
             ptx.mbarrier.init.shared.b64(self.empty.ptr_to([s]), releases)
             ptx.fence.mbarrier_init.release.cluster()
@@ -305,6 +307,7 @@ class GroupedGemm(Multiply, Epilogue):
                     with if_(is_issuer):
                         self._load_weights(step, step, coordinates, x_bytes)
             ptx.griddepcontrol.wait()
+            tiles.announce_first(is_issuer)
         with while_(tiles.is_left):
             self._load_tile(is_issuer, early)
 
@@ -525,12 +528,11 @@ class GroupedGemm(Multiply, Epilogue):
         # Bytes between a row's slot and its first scale. Tiles and experts start at multiples of 8 rows, so only the
         # row's number modulo 8 matters; rows clamped into the tensor may read other bytes, their results are dropped.
         skews = [let(T.Select(self.is_aligned, T.int32(0), self._skew(r))) for r in range(2)]
-        per_warpgroup = self.per_warpgroup * c.scale_bytes
         # Addresses in the first stage: of the first row's first words of this thread, and of each row's scales. ptxas would
         # compute them again for every K block if they did not come from a shuffle.
-        words = self.k_sub * (self.per_warpgroup * self.w_block) + first * (K_BLOCK // 2) + self.quad * 16
+        words = self.k_sub * (self.first_block * self.w_block) + first * (K_BLOCK // 2) + self.quad * 16
         self.word_place = self._kept(cuda.cvta_generic_to_shared(self.ws.ptr_to([words])))
-        scales = let(self.k_sub * per_warpgroup + self.quad * (c.scale_bytes // 4))
+        scales = let(self.k_sub * (self.first_block * c.scale_bytes) + self.quad * (c.scale_bytes // 4))
         self.scale_places = [
             self._kept(cuda.cvta_generic_to_shared(self.ss.ptr_to([row * self.pitch_of_scales + skew + scales])))
             for pair in self.rows for row, skew in zip(pair, skews, strict=True)

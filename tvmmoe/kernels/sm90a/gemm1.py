@@ -21,6 +21,7 @@ from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.thin_tiles import grouped_gemm
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, if_else, let, load, scalar, tensor_map
 
@@ -172,4 +173,4 @@ class Gemm1:
 
 def gemm1(a, config: GemmConfig, is_gated: bool) -> None:
     """Emit the kernel."""
-    GroupedGemm(a, config, Gemm1(a, is_gated)).emit()
+    grouped_gemm(a, config, Gemm1(a, is_gated))

@@ -9,6 +9,7 @@ from tvm.script import tirx as T
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.thin_tiles import grouped_gemm
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import address, assign, cast, if_, let, load, scalar, tensor_map
 
@@ -88,4 +89,4 @@ class Gemm2:
 
 def gemm2(a, config: GemmConfig, is_short: bool = False) -> None:
     """Emit the kernel; ``is_short``: that of few columns, beside the other."""
-    GroupedGemm(a, config, Gemm2(a, is_short)).emit()
+    grouped_gemm(a, config, Gemm2(a, is_short))

@@ -202,26 +202,29 @@ class Multiply:
         even = self._kept(cuda.cvta_generic_to_shared(self.xs.ptr_to([start])))
         self.token_places = even, self._kept(even ^ u32(64))
 
-    def _multiply_stages_by_warp(self) -> None:
+    def _multiply_stages_by_warp(self, multiply_stage=None) -> None:
         """All stages of a tile. Of the last one a K block past the end of K is left out: of 2880 columns 1 of 24, 2 % of the
         operator. By another loop: a branch in this one takes 0.7 % where every K block is there; with wgmma it did not pay.
         """
-        blocks = range(self.per_warpgroup)
+        blocks, multiply_stage = range(self.per_warpgroup), multiply_stage or self._multiply_stage_by_warp
 
         def multiply(num_stages, blocks) -> None:
             with for_(num_stages):
                 cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-                self._multiply_stage_by_warp(blocks)
+                multiply_stage(blocks)
                 self._advance()
 
         if len(blocks) == 1:
             multiply(self.k_steps, blocks)
             return
         num_blocks = (cast(self.p.k, "int32") + (K_BLOCK - 1)) // K_BLOCK
-        past_last = (self.k_sub + 1) * self.per_warpgroup  # of this warpgroup's K blocks in a stage
+        past_last = self._past_last_block()  # of this warpgroup in a stage
         full_stages = let((num_blocks + self.c.k_blocks - past_last) // self.c.k_blocks)
         multiply(full_stages, blocks)
         multiply(self.k_steps - full_stages, blocks[:-1])
+
+    def _past_last_block(self):
+        return (self.k_sub + 1) * self.per_warpgroup
 
     def _multiply_stage_by_warp(self, blocks) -> None:
         """This warp's K ``blocks`` of a stage, which is then free."""

@@ -159,7 +159,8 @@ class E4m3Multipliers:
 
 def ue8m0_factor(byte):
     """2^(b - 127) as float32; b = 0 is subnormal, b = 255 is NaN: infinity times zero."""
-    power = let(bits(let(T.max(byte << u32(23), u32(1 << 22))), "float32"))
+    # Of integers the larger would take two instructions.
+    power = let(T.max(bits(let(byte << u32(23)), "float32"), T.float32(2.0**-127)))
     return let(T.call_pure_extern("float32", "fmaf", power, T.float32(0), power))
 
 

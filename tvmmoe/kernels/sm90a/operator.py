@@ -35,6 +35,7 @@ from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
 from tvmmoe.kernels.sm90a.requantize import requantize
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.single_row import RowConfig
+from tvmmoe.kernels.sm90a.thin_tiles import has_thin_tiles
 from tvmmoe.kernels.sm90a.trace import if_, if_else
 from tvmmoe.workspace import max_num_tiles
 
@@ -67,6 +68,12 @@ class Variant:
         return self.tile_m == min(TILES)
 
     @property
+    def has_thin_tiles(self) -> bool:
+        """Whether its GEMMs multiply tiles of one or two rows in a way of their own (thin_tiles.py)."""
+        gemms = self.gemm1, self.ungated_gemm1, self.gemm2, self.gemm2_short or self.gemm2
+        return all(map(has_thin_tiles, gemms))
+
+    @property
     def symbol(self) -> str:
         return f"fp4_block_scale_moe_{self.gemm1.weight_format.name}_m{self.tile_m}"
 
@@ -79,8 +86,8 @@ class Variant:
     @property
     def gemm_pair(self) -> GemmConfig:
         """64 rows a tile: few tokens have few tiles. Of 32 there would be more (one of 32 local experts: T=1 -4 %), but every
-        tile has an end (Qwen3-235B +10 %)."""
-        return RowConfig(self.gemm1.weight_format, self.tile_m, mi=1, ks=4, warpgroups=4, k_blocks=4)
+        tile has an end (Qwen3-235B +10 %). Two K blocks a warp and stage: one is decoded while the other is multiplied."""
+        return RowConfig(self.gemm1.weight_format, self.tile_m, mi=1, ks=4, warpgroups=4, k_blocks=8)
 
 
 # tile_m: (mi, ks, warpgroups, k_blocks, cluster). Up to 96 decoding is the limit and more warps win; at 256 tokens are most
@@ -103,7 +110,8 @@ def hand_chosen(weight_format: WeightFormat, tile_m: int, is_short: bool = False
 class Arguments:
     """The entry's parameters as attributes, workspace slices as int64 addresses under ``ws``."""
 
-    def __init__(self, tile_m: int):
+    def __init__(self, tile_m: int, has_thin_tiles: bool = False):
+        self.has_thin_tiles = has_thin_tiles
         workspace = I.arg("workspace", I.buffer([tvm.tirx.Var("workspace_size", "int64")], "uint8"))
         for name in (*abi.POINTERS, *abi.INTS):
             setattr(self, name, I.arg(name, I.int64()))
@@ -140,7 +148,7 @@ def packed_function(
         with I.prim_func():
             I.func_name(variant.symbol)
             I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": launch_params})
-            a = Arguments(variant.tile_m)
+            a = Arguments(variant.tile_m, variant.has_thin_tiles)
             if not variant.meets_few_tokens:
                 gemm_pair = None
             with if_(a.num_tokens > 0):

@@ -8,7 +8,8 @@ kernel.
              the row's amax. Rows of padding return
     load     a lane takes 32 columns, one or two scale blocks: four 16-byte chunks, quad exchange to column order
     work     amax of its blocks (32: mxfp8; 16: nvfp4), scale, round
-    store    the same chunks in K order; the row's scale for gemm2 where there is one
+    store    the same chunks in K order, of thin tiles as columns, too (thin_rows.py); the row's scale for gemm2 where there
+             is one
 
 No fp8 conversions: sm80 runs the same kernel. Memory is the limit (400 MB for 65,536 rows of 1536 columns) as long as a value
 costs less than some 30 instructions, which a division for each would not leave. nvfp4 with per-token scales does divide: its
@@ -20,7 +21,8 @@ from tvm.script import tirx as T
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.gather import exchange_quad, from_pairs, pack_bf16, to_pairs
-from tvmmoe.kernels.sm90a.layout import padded
+from tvmmoe.kernels.sm90a.layout import THIN_ROWS, padded
+from tvmmoe.kernels.sm90a.thin_rows import columns_address, to_columns
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -50,7 +52,7 @@ class Block:
     """A lane's 32 columns of one 128-block of a row of z: chunks 4m + q, q being the lane in its quad."""
 
     def __init__(self, a, row, block, lane, is_inside):
-        self.a, self.lane, self.is_inside = a, lane, is_inside
+        self.a, self.row, self.block, self.lane, self.is_inside = a, row, block, lane, is_inside
         self._first = let(cast(row, "int64") * padded(a.intermediate_size) + cast(block * 128 + lane % 4 * 8, "int64"))
 
     def _chunk(self, m: int):
@@ -72,16 +74,24 @@ class Block:
                 store(values, bits(let(words[i] & u32(0xFFFF0000)), "float32"), 8 * m + 2 * i + 1)
         return values
 
-    def store(self, values) -> None:
-        """Write them back as bf16; all lanes of the warp call it."""
+    def store(self, values, is_thin=None) -> None:
+        """Write them back as bf16, where the row ``is_thin`` also as columns; all lanes of the warp call it."""
         for m in range(4):
             words = regs(4, "uint32")
             for i in range(4):
                 store(words, pack_bf16(values[8 * m + 2 * i], values[8 * m + 2 * i + 1]), i)
             to_pairs(words)
+            if is_thin is not None:
+                with if_(is_thin):
+                    self._store_columns(m, words)
             exchange_quad(words, self.lane)
             with if_(self.is_inside):
                 store_vec4(self._chunk(m), words)
+
+    def _store_columns(self, m: int, words) -> None:
+        width = padded(self.a.intermediate_size)
+        target = columns_address(self.a.ws["z"], width, self.row, self.block, m, self.lane % 4)
+        store_vec4(target, [to_columns(words[i]) for i in range(4)])
 
 
 def amax_bits(values, first: int, count: int):
@@ -154,11 +164,16 @@ def _round_nvfp4_blocks(values, row_scale=None) -> None:
 
 
 def is_live(a, row, tile_m: int):
-    """Whether a row holds a pair; asked after the wait, for before it the list had to be read past L1, by every warp."""
+    """Whether a row holds a pair."""
+    return let(cast(row % tile_m < live_rows(a, row, tile_m), "int32")) != 0
+
+
+def live_rows(a, row, tile_m: int):
+    """Pairs in a row's tile; asked after the wait, for before it the list had to be read past L1, by every warp."""
     tile, rows = let(cast(row // tile_m, "int64")), scalar("int32", T.int32(0))
     with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
         assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
-    return let(cast(row % tile_m < rows, "int32")) != 0
+    return rows
 
 
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
@@ -178,7 +193,8 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
         row = let(item // row_blocks)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        is_inside = is_live(a, row, tile_m)
+        rows = live_rows(a, row, tile_m)
+        is_inside = let(cast(row % tile_m < rows, "int32")) != 0
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
@@ -186,7 +202,7 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
                 round_mxfp8(values, range(32), _amax(values, 0, 32))
             else:
                 _round_nvfp4_blocks(values)
-            block.store(values)
+            block.store(values, T.And(is_inside, rows <= THIN_ROWS) if a.has_thin_tiles else None)
 
 
 def _requantize_rows(a, tile_m: int) -> None:

@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grouped GEMM whose tiles have a single row of tokens. mma.sync has eight columns: the other seven take over what decoding
-otherwise does for every weight, which is to multiply it by the scale of its block.
+"""A grouped GEMM whose tiles have a single row of tokens, multiplied as by_scale_block.py says: the two columns are windows
+of its exponents. Window w = 0 has the tokens below 1, times 2^126, and w = 1 the others as they are: with every bf16 that
+there is, products and sums are those of float32. A single window would lose tokens at one end of their exponents. (Weights
+that overflow float32, 2 * 2^127, do not here.)
 
-    slots     the four lanes of a quad hold weights of four scale blocks (layout.py), which an MMA adds up. Column 2 s + w has
-              tokens in the K of lane s alone, and zeros elsewhere. So each block has a sum of its own, in the lane that knows
-              its scale, and is multiplied by that once a K block, not once a pair of weights.
-    windows   a fragment stays e2m1 * 2^-126 (intrinsics.decode_word), subnormal or not, as the tensor core takes it. Window
-              w = 0 has the tokens below 1, times 2^126, and w = 1 the others as they are: with every bf16 that there is,
-              products and sums are those of float32. A single window would lose tokens at one end of their exponents.
-              (Weights that overflow float32, 2 * 2^127, do not here.)
-
-A word of weights takes 13 instructions, not 17, and a K block no vote on large scales; nothing is rounded before the sum.
-
-    x, z      [row, K block, 4 words, 4 lanes of a quad, 2 windows, 8] bf16: 8 columns as pairs (v, v + 4)
+    x, z      the columns of one row after the other
     warps     16 rows and every ks-th K block each
     results   sums of a tile's rows meet in shared memory; one warp, another one each time, evaluates and stores them
 """
@@ -21,14 +13,14 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.kernels.sm80.intrinsics import mma
+from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
+from tvmmoe.kernels.sm90a.by_scale_block import ZERO_BYTES, ByScaleBlock, sum_of_quad
 from tvmmoe.kernels.sm90a.gather import pack_bf16
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import BARRIER_BYTES, SMEM_BYTES, GemmConfig, SharedMemory
-from tvmmoe.kernels.sm90a.layout import K_BLOCK, ROW_BLOCK_BYTES
+from tvmmoe.kernels.sm90a.layout import COLUMNS_BYTES, K_BLOCK, column_offset
 from tvmmoe.kernels.sm90a.requantize import amax_bits, round_mxfp8, round_nvfp4
 from tvmmoe.kernels.sm90a.tile_scheduler import RowTile
 from tvmmoe.kernels.sm90a.trace import (
@@ -37,12 +29,9 @@ from tvmmoe.kernels.sm90a.trace import (
     assign,
     bits,
     cast,
-    cuda,
-    for_,
     if_,
     let,
     load,
-    load_vec4,
     ptx,
     regs,
     scalar,
@@ -53,7 +42,6 @@ from tvmmoe.kernels.sm90a.trace import (
     u32,
 )  # fmt: skip
 
-ZERO_BYTES = 512  # what lanes without tokens load: at the same offsets as those with, from other banks
 # What window 1 lacks to 2^126: a block's sum (768 at most, of infinitely large tokens) can take the first before its scale, a
 # tile's the second. So nothing overflows that would not in float32, and next to nothing turns subnormal.
 BEFORE_SCALE, AFTER_SUM = 2.0**118, 2.0**8
@@ -112,9 +100,9 @@ class RowGemm1(Gemm1):
         is_first = let(cast(lane & 4, "uint32")) == u32(0)
         small, large = windows_of(pack_bf16(T.Select(is_first, value, other), T.Select(is_first, other, value)))
         column = let(self._column(gemm.c, tile, lane))
-        unit = column // K_BLOCK * 16 + column // 8 % 4 * 4 + column // 32 % 4  # K block, word, lane of a quad
-        place = cast(unit * 32 + lane % 8 // 4 * 16 + lane % 4 * 4, "int64")
-        row = cast(tile.token_tile, "int64") * (self.out_width // K_BLOCK * ROW_BLOCK_BYTES)
+        offset = column_offset(column // 8 % 4, lane % 8 // 4, column // 32 % 4)
+        place = cast(column // K_BLOCK * COLUMNS_BYTES + offset + lane % 4 * 4, "int64")
+        row = cast(tile.token_tile, "int64") * (self.out_width // K_BLOCK * COLUMNS_BYTES)
         with if_(lane < self.columns(gemm.c)):
             store_to("uint32", address(self.out, row + place), T.Select(is_first, small, large))
 
@@ -169,15 +157,22 @@ class RowConfig(GemmConfig):
         return 16 * 4 * self.warpgroups // self.ks
 
 
-class SingleRow:
+class SingleRow(ByScaleBlock):
     """What a :class:`tvmmoe.kernels.sm90a.gemm.GroupedGemm` of such tiles does in its own way."""
+
+    def __init__(self, a, config: GemmConfig, problem):
+        super().__init__(a, config, problem)
+        self.first_block, self.block_step = 1, config.ks  # so that all have some of a stage that is not full
+
+    def _past_last_block(self):
+        return self.k_sub + (1 + (self.per_warpgroup - 1) * self.block_step)
 
     def _divide_memory(self, problem) -> SharedMemory:
         c = self.c
         w_block, s_stage = c.rows * K_BLOCK // 2, c.rows * c.scale_pitch
         free = SMEM_BYTES - BARRIER_BYTES - self.reserved_bytes() - ZERO_BYTES - 4 * self.num_sums
-        stages = min(c.max_stages, free // (c.k_blocks * (ROW_BLOCK_BYTES + w_block) + s_stage))
-        return SharedMemory(ROW_BLOCK_BYTES, w_block, s_stage, 0, 0, stages, 0)
+        stages = min(c.max_stages, free // (c.k_blocks * (COLUMNS_BYTES + w_block) + s_stage))
+        return SharedMemory(COLUMNS_BYTES, w_block, s_stage, 0, 0, stages, 0)
 
     @property
     def num_sums(self) -> int:
@@ -185,18 +180,17 @@ class SingleRow:
         return 2 * self.c.ks * self.c.rows
 
     def _allocate_results(self, smem: Smem) -> None:
-        self.zeros = smem.alloc(ZERO_BYTES, "uint8", 128)
+        self._allocate_zeros(smem)
         self.sums_of_rows = smem.alloc(self.num_sums, "float32", 128)
 
     def _initialize(self) -> None:
         super()._initialize()
-        with if_(self.thread.tid < ZERO_BYTES // 4):
-            store_to("uint32", self.zeros.ptr_to([self.thread.tid * 4]), u32(0), "shared")
+        self._write_zeros()
 
     # ---------------------------------------------------------------------------------------------------- producers
 
     def _token_maps(self, p) -> tuple:
-        num_blocks, row = p.padded_k // K_BLOCK, ROW_BLOCK_BYTES // 2
+        num_blocks, row = p.padded_k // K_BLOCK, COLUMNS_BYTES // 2
         dims, strides = [T.int64(row), num_blocks, p.num_token_rows], [T.int64(2 * row), 2 * row * num_blocks]
         return (tensor_map(address(p.operand), dims, strides, [row, self.c.k_blocks, 1], self.token_dtype, 0),)
 
@@ -209,20 +203,10 @@ class SingleRow:
         super()._allot()
         row_warps = self.c.rows // 16
         self.warp4, self.k_sub = let(self.thread.warp % row_warps), let(self.thread.warp // row_warps)
-        self._place_tokens()
+        self._place_columns()
 
     def _allot_operands(self) -> None:
         self.sums = [regs(2, "float32") for _ in range(2)]  # [window], of this thread's rows
-
-    def _place_tokens(self) -> None:
-        """Where this lane's tokens of a stage are, or zeros."""
-        slot, window = self.group // 2, self.group % 2
-        has_tokens = let(cast(slot == self.quad, "int32")) != 0
-        tokens = self.xs.ptr_to([self.k_sub * (self.per_warpgroup * self.x_block) + self.quad * 32 + window * 16])
-        zeros = self.zeros.ptr_to([(slot + 1) % 4 * 32])
-        place = T.Select(has_tokens, cuda.cvta_generic_to_shared(tokens), cuda.cvta_generic_to_shared(zeros))
-        self.token_place = self._kept(place)
-        self.token_step = let(T.Select(has_tokens, u32(self.x_stage), u32(0)))  # from a stage to the next
 
     def _place_rows(self) -> None:
         super()._place_rows()
@@ -235,10 +219,7 @@ class SingleRow:
         for sums in self.sums:
             for r in range(2):
                 store(sums, T.float32(0), r)
-        with for_(self.k_steps):
-            cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-            self._multiply_stage()
-            self._advance()
+        self._multiply_stages_by_warp(self._multiply_stage_by_scale_block)
         base = let(self.turn % 2 * (self.num_sums // 2))
         self._hand_over(base)
         ptx["barrier.sync.aligned"](u32(1 + self.c.warpgroups), u32(128 * self.c.warpgroups))
@@ -261,56 +242,16 @@ class SingleRow:
         return self.sums_of_rows.ptr_to([base + k_sub * self.c.rows + row])
 
     def _hand_over(self, base) -> None:
-        """Add up windows and the slots of a quad's lanes; the first two lanes store one row's sum each."""
+        """Add up windows and the scale blocks of a quad's lanes; the first two lanes store one row's sum each."""
         small, large = self.sums
-        totals = []
-        for r in range(2):
-            total = let(small[r] + large[r] * T.float32(AFTER_SUM))
-            for distance in (1, 2):
-                total = let(total + shuffle_xor(total, distance))
-            totals.append(total)
+        totals = [sum_of_quad(let(small[r] + large[r] * T.float32(AFTER_SUM))) for r in range(2)]
         with if_(self.quad < 2):
             is_first = self.quad == 0
             place = self._sum_place(base, self.k_sub, T.Select(is_first, *self.fragment_rows))
             ptx["st.shared.f32"](place, let(T.Select(is_first, *totals)))
 
-    def _multiply_stage(self) -> None:
-        """This warp's K block of a stage, which is then free."""
-        stage = cast(self.stage, "uint32")
-        words, tokens = let(self.word_place + stage * u32(self.w_stage)), let(self.token_place + stage * self.token_step)
-        raw = self._load_scales(let(stage * u32(self.s_stage)))
-        weights = [load_vec4(words + u32(row * (K_BLOCK // 2)), "shared") for row in self._row_offsets()[0]]
-        columns = [load_vec4(tokens + u32(word * (ROW_BLOCK_BYTES // 4)), "shared") for word in range(4)]
-        is_mx = self.c.weight_format == WeightFormat.mxfp4
-        factors = [([isa.ue8m0_factor(each)] if is_mx else isa.e4m3_factors(each)) for each in raw]
-        words_per_scale = 4 // len(factors[0])
-        for word in range(4):
-            if word % words_per_scale == 0:
-                sums = self._no_sums()
-            fragment = regs(8, "uint32")
-            for r in range(2):
-                isa.decode_word(weights[r][word], None, fragment, r, self.factors)
-            for step, acc in enumerate(sums):
-                b = [columns[word][2 * step + i] for i in range(2)]
-                mma(acc, 0, [fragment[4 * step + i] for i in range(4)], b)
-            if (word + 1) % words_per_scale == 0:
-                self._add(sums, [of_row[word // words_per_scale] for of_row in factors])
-        cuda.warp_sync()
-        self._release(self.stage)
-
-    @staticmethod
-    def _no_sums() -> list:
-        """Accumulators of a scale block: two chains of MMAs, for each waits for the last one of its chain (T=1 -3 %)."""
-        chains = [regs(4, "float32") for _ in range(2)]
-        for acc in chains:
-            for i in range(4):
-                store(acc, T.float32(0), i)
-        return chains
-
-    def _add(self, chains, factors) -> None:
-        """Sums of a scale block, times its scale in either row."""
-        (small, large), (even, odd) = self.sums, chains
+    def _add(self, sums, factors) -> None:
+        small, large = self.sums
         for r, factor in enumerate(factors):
-            in_small, in_large = (let(even[2 * r + w] + odd[2 * r + w]) for w in range(2))
-            store(small, small[r] + in_small * factor, r)
-            store(large, large[r] + (in_large * T.float32(BEFORE_SCALE)) * factor, r)
+            store(small, small[r] + sums[2 * r] * factor, r)
+            store(large, large[r] + (sums[2 * r + 1] * T.float32(BEFORE_SCALE)) * factor, r)

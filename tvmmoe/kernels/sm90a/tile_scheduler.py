@@ -130,6 +130,9 @@ class TileScheduler:
         self.claimed = scalar("int32", self.thread.cta // self.c.cluster)
         self.announce(is_issuer, space)
 
+    def announce_first(self, is_issuer) -> None:
+        """Once the kernel before this one has ended: what :meth:`lead` could not tell."""
+
     def claim(self, is_issuer) -> None:
         """Ask for the next tile, which :meth:`announce` waits for."""
         with if_(T.And(is_issuer, self.rank == 0) if self.c.cluster > 1 else is_issuer):
