@@ -23,9 +23,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("simulated_rows")
 
 
-def output_of(case: Case, kwargs: dict, device: str, folder, workspace=None) -> torch.Tensor:
+def output_of(case: Case, kwargs: dict, device: str, folder, workspace=None, early: bool = True) -> torch.Tensor:
     """The kernels' output, on the CPU."""
-    function = simulated(case.weight_format, 8, True, folder) if device == "cpu" else None
+    function = simulated(case.weight_format, 8, early, folder) if device == "cpu" else None
     kwargs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
     return call(case, kwargs, 8, do_finalize=True, function=function, workspace=workspace)[0].cpu()
 
@@ -36,20 +36,35 @@ def shift_scales(scales: torch.Tensor, exponents) -> None:
     codes.copy_((codes.int() + exponents).clamp(0, 254))
 
 
+def spread_blocks(case: Case, spread: int, z_exponent: int) -> dict:
+    """Arguments whose blocks of 32 columns are 2^-spread to 2^spread times what they would be, z 2^z_exponent times, and
+    scales as much the other way."""
+    kwargs = make_case(case)
+    exponents = torch.randint(-spread, spread + 1, (case.hidden_size // 32,), generator=torch.Generator().manual_seed(7))
+    tokens = kwargs["hidden_states"].float().view(case.num_tokens, -1, 32)
+    kwargs["hidden_states"] = torch.ldexp(tokens, exponents[:, None]).view(case.num_tokens, -1).bfloat16()
+    assert kwargs["hidden_states"].isfinite().all()
+    shift_scales(kwargs["gemm1_weights_scale"], -exponents.int())
+    kwargs["output1_scale_scalar"] = torch.full((case.num_experts,), 2.0**z_exponent)
+    shift_scales(kwargs["gemm2_weights_scale"], -z_exponent)
+    return kwargs
+
+
+def odd_scales(case: Case, code: int, z_exponent: int) -> tuple[dict, torch.Tensor]:
+    """Arguments with scale bytes ``code`` for some columns of the output, and which those are."""
+    kwargs = make_case(case)
+    kwargs["output1_scale_scalar"] = torch.full((case.num_experts,), 2.0**z_exponent)
+    columns = torch.arange(case.hidden_size) % 5 == 0
+    kwargs["gemm2_weights_scale"].view(torch.uint8)[:, columns] = code
+    return kwargs, columns
+
+
 @pytest.mark.parametrize("device", MACHINES)
 @pytest.mark.parametrize("z_exponent", [-90, 0, 90])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_tokens_of_all_exponents_add_up(num_tokens, z_exponent, device, folder):
-    """Blocks of 32 columns are 2^-110 to 2^110 times what they would be, and their scales as much the other way."""
     case = Case(**vars(BASE) | SIZES | dict(num_tokens=num_tokens))
-    kwargs = make_case(case)
-    exponents = torch.randint(-110, 111, (SIZES["hidden_size"] // 32,), generator=torch.Generator().manual_seed(7))
-    tokens = kwargs["hidden_states"].float().view(num_tokens, -1, 32)
-    kwargs["hidden_states"] = torch.ldexp(tokens, exponents[:, None]).view(num_tokens, -1).bfloat16()
-    assert kwargs["hidden_states"].isfinite().all()
-    shift_scales(kwargs["gemm1_weights_scale"], -exponents.int())
-    kwargs["output1_scale_scalar"] = torch.full((SIZES["num_experts"],), 2.0**z_exponent)
-    shift_scales(kwargs["gemm2_weights_scale"], -z_exponent)
+    kwargs = spread_blocks(case, 110, z_exponent)
     expected = moe_ref(**kwargs)[0]
     assert expected.isfinite().all() and expected.any()
     assert rel_l2(output_of(case, kwargs, device, folder), expected) < 1e-3
@@ -60,10 +75,7 @@ def test_tokens_of_all_exponents_add_up(num_tokens, z_exponent, device, folder):
 def test_scales_of_all_exponents(code, z_exponent, device, folder):
     """Of some columns of the output: 2^-127 is subnormal, 2^125 the largest whose weights are finite in float32, 255 NaN."""
     case = Case(**vars(BASE) | SIZES | dict(num_tokens=1))
-    kwargs = make_case(case)
-    kwargs["output1_scale_scalar"] = torch.full((SIZES["num_experts"],), 2.0**z_exponent)
-    columns = torch.arange(SIZES["hidden_size"]) % 5 == 0
-    kwargs["gemm2_weights_scale"].view(torch.uint8)[:, columns] = code
+    kwargs, columns = odd_scales(case, code, z_exponent)
     expected = moe_ref(**kwargs)[0]
     assert expected[:, ~columns].isfinite().all() and (expected[:, columns].isnan().all() == (code == 255))
     torch.testing.assert_close(output_of(case, kwargs, device, folder), expected, rtol=2e-2, atol=0, equal_nan=True)

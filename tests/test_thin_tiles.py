@@ -8,13 +8,13 @@ import functools
 
 import pytest
 import torch
-from test_single_row import MACHINES, shift_scales
+from test_single_row import MACHINES, odd_scales, output_of, shift_scales, spread_blocks
 from test_sm90a import BASE, HAS_TVM, MX, SIMULATED, call, simulated, source_of, workspace_slices
 
 from tvmmoe.config import ActivationFormat, ActivationType
 from tvmmoe.kernels.sm90a import layout
 from tvmmoe.reference import moe_ref
-from tvmmoe.testing import Case, make_case, poison, rel_l2
+from tvmmoe.testing import Case, make_case, rel_l2
 
 if HAS_TVM:
     import tvm_ffi
@@ -47,13 +47,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("simulated_thin")
 
 
-def output_of(case: Case, kwargs: dict, device: str, folder, workspace=None, early: bool = False) -> torch.Tensor:
-    """The kernels' output, on the CPU."""
-    function = simulated(MX, 8, early, folder) if device == "cpu" else None
-    kwargs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
-    return call(case, kwargs, 8, do_finalize=True, function=function, workspace=workspace)[0].cpu()
-
-
 def case_of(**changes) -> Case:
     return Case(**vars(BASE) | SIZES | changes)
 
@@ -72,17 +65,9 @@ def test_thin_tiles_match_reference(name, device, folder):
 @pytest.mark.parametrize("z_exponent", [-110, -80, 0, 20, 50])
 @pytest.mark.parametrize("spread", [20, 110])
 def test_tokens_of_all_exponents_add_up(spread, z_exponent, device, folder):
-    """Blocks of 32 columns are 2^-spread to 2^spread times what they would be, and their scales as much the other way: the
-    smaller spread, and z of the middle exponents, are inside of the window."""
+    """The smaller spread, and z of the middle exponents, are inside of the window."""
     case = case_of()
-    kwargs = make_case(case)
-    exponents = torch.randint(-spread, spread + 1, (SIZES["hidden_size"] // 32,), generator=torch.Generator().manual_seed(7))
-    tokens = kwargs["hidden_states"].float().view(case.num_tokens, -1, 32)
-    kwargs["hidden_states"] = torch.ldexp(tokens, exponents[:, None]).view(case.num_tokens, -1).bfloat16()
-    assert kwargs["hidden_states"].isfinite().all()
-    shift_scales(kwargs["gemm1_weights_scale"], -exponents.int())
-    kwargs["output1_scale_scalar"] = torch.full((case.num_experts,), 2.0**z_exponent)
-    shift_scales(kwargs["gemm2_weights_scale"], -z_exponent)
+    kwargs = spread_blocks(case, spread, z_exponent)
     expected = moe_ref(**kwargs)[0]
     assert expected.isfinite().all() and expected.any()
     assert rel_l2(output_of(case, kwargs, device, folder), expected) < 1e-3
@@ -91,7 +76,7 @@ def test_tokens_of_all_exponents_add_up(spread, z_exponent, device, folder):
 @pytest.mark.parametrize("device", MACHINES)
 @pytest.mark.parametrize("value", [2.0**-95, 1.99 * 2.0**32])
 def test_sums_at_the_ends_of_the_window_are_exact(value, device, folder):
-    """All tokens of one magnitude, with the largest and the smallest weights and scales that keep the result a bf16."""
+    """All tokens of one magnitude, scales as much the other way."""
     case = case_of(activation=ActivationType.Identity)
     kwargs = make_case(case)
     tokens = kwargs["hidden_states"]
@@ -125,10 +110,7 @@ def test_tokens_that_are_no_usual_numbers(column, value, device, folder):
 def test_scales_of_all_exponents(code, z_exponent, device, folder):
     """Of some columns of the output: 2^-127 is subnormal, 255 NaN."""
     case = case_of()
-    kwargs = make_case(case)
-    kwargs["output1_scale_scalar"] = torch.full((case.num_experts,), 2.0**z_exponent)
-    columns = torch.arange(case.hidden_size) % 5 == 0
-    kwargs["gemm2_weights_scale"].view(torch.uint8)[:, columns] = code
+    kwargs, columns = odd_scales(case, code, z_exponent)
     expected = moe_ref(**kwargs)[0]
     assert expected[:, ~columns].isfinite().all() and (expected[:, columns].isnan().all() == (code == 255))
     actual = output_of(case, kwargs, device, folder)
@@ -147,22 +129,20 @@ def columns_of(rows: torch.Tensor) -> torch.Tensor:
 
 @needs_tvm
 @pytest.mark.parametrize("name", ["bf16", "arrange", "relu2", "mxfp8"])
-def test_workspace_holds_columns_of_thin_tiles_alone(name, folder):
+def test_workspace_holds_columns_of_thin_tiles(name, folder):
     """x of thin tiles, and z, as their rows have it; whether a row is outside."""
     case = case_of(**CASES[name])
-    slices, size = workspace_slices(case, 8)
-    workspace = poison(torch.empty(size, dtype=torch.uint8))
+    slices, _ = workspace_slices(case, 8)
     kwargs = make_case(case)
-    outside = 2
     if case.activation_format == ActivationFormat.bf16:
-        kwargs["hidden_states"][outside, 5] = 2.0**40
+        kwargs["hidden_states"][2, 5] = 2.0**40
     results = {}
 
     def function(workspace, *arguments):
         simulated(MX, 8, False, folder)(workspace, *arguments)
         results.update({name: workspace[piece.offset :][: piece.num_bytes].clone() for name, piece in slices.items()})
 
-    call(case, kwargs, 8, do_finalize=False, function=function, workspace=workspace)  # so x is not overwritten
+    call(case, kwargs, 8, do_finalize=False, function=function)  # so x is not overwritten
     num_tiles = results["num_tiles"].view(torch.int32)[0]
     rows_of_tile = results["tile_rows"].view(torch.int32)[:num_tiles]
     assert num_tiles > 4 and (rows_of_tile <= 2).sum() > 3
@@ -183,15 +163,6 @@ def test_workspace_holds_columns_of_thin_tiles_alone(name, folder):
             assert torch.equal(is_outside[tile, :live] != 0, has_outside), (operand, tile)
 
 
-def broken(patch: pytest.MonkeyPatch, folder, module, name: str, value):
-    """The operator with another constant."""
-    patch.setattr(module, name, value)
-    symbol, source = source_of(MX, 8)
-    path = folder / f"{module.__name__}_{name}.so"
-    compile_so(simulate.host_source(source), path)
-    return tvm_ffi.load_module(str(path))[symbol]
-
-
 @needs_tvm
 def test_thin_tiles_and_no_others_are_multiplied_so(folder):
     """With a wrong factor they are wrong; of tokens outside of the window none is."""
@@ -199,7 +170,10 @@ def test_thin_tiles_and_no_others_are_multiplied_so(folder):
     case = case_of(num_experts=64)  # hardly a tile of three rows
     kwargs = make_case(case)
     with pytest.MonkeyPatch.context() as patch:
-        function = broken(patch, folder, thin_tiles, "BEFORE_SCALE", thin_rows.BEFORE_SCALE * 4)
+        patch.setattr(thin_tiles, "BEFORE_SCALE", thin_rows.BEFORE_SCALE * 4)
+        symbol, source = source_of(MX, 8)
+    compile_so(simulate.host_source(source), folder / "wrong_factor.so")
+    function = tvm_ffi.load_module(str(folder / "wrong_factor.so"))[symbol]
     run = functools.partial(call, case, tile_m=8, do_finalize=True, function=function)
     assert rel_l2(run(kwargs)[0], moe_ref(**kwargs)[0]) > 0.5
     kwargs["hidden_states"][:, 0] = 2.0**-100  # x is outside of the window, and by the next lines z

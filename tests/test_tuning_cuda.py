@@ -141,6 +141,17 @@ def test_recorded_choice_becomes_the_configuration(tmp_path):
     assert sm120a.chosen("mxfp4", tmp_path)[64]["gemm2"].num_stages == default["num_stages"]
 
 
+@pytest.mark.parametrize("wrong", [1, 5])
+def test_error_of_z_is_that_of_rows_and_of_columns(wrong):
+    """Of thin tiles z is there a second time, times 2^94, which hides neither an error of its own nor one of the rows."""
+    rows = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = torch.cat([rows, rows * 2.0**94, torch.full_like(rows, float("nan"))])
+    actual, live = expected.clone(), ~expected.isnan()
+    assert cuda._rel_l2(actual.flatten(), expected.flatten(), live.flatten(), 512) == 0
+    actual[wrong, 7] *= 1.5
+    assert cuda._rel_l2(actual.flatten(), expected.flatten(), live.flatten(), 512) > 1e-3
+
+
 @pytest.mark.parametrize("capability, name", [((9, 0), "sm90a"), ((12, 0), "sm120a"), ((12, 1), "sm120a")])
 def test_native_target(capability, name, monkeypatch):
     targets_of.cache_clear()

@@ -86,7 +86,7 @@ def by_tile_height(
 
     Of up to four tokens gemm_pair computes nearly all calls in the operator, with decisions of its own.
     """
-    measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS and is_legal(m.task, m.config)]
+    measurements = [m for m in measurements if m.task.num_tokens > FEW_TOKENS]
     tiles = SHORT_TILES if stage == "gemm2" else {}
     of_short = [m for m in measurements if _is_short(m.task)]
     rest = [m for m in measurements if not _is_short(m.task)]

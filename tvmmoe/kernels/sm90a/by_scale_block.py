@@ -36,7 +36,11 @@ ZERO_BYTES = COLUMNS_BYTES  # what lanes without tokens load: at the same offset
 
 
 class ByScaleBlock:
-    """The part of a :class:`tvmmoe.kernels.sm90a.gemm.GroupedGemm` that multiplies so."""
+    """The part of a :class:`tvmmoe.kernels.sm90a.gemm.GroupedGemm` that multiplies so.
+
+    Whose part it is has ``_add(sums, factors)`` add those of a scale block, [2 * row of weights + column], times the scale of
+    either row.
+    """
 
     block_step = 1  # from one of a warp's K blocks in a stage to its next one
 
@@ -105,10 +109,6 @@ class ByScaleBlock:
         for i in range(4):
             store(sums, T.float32(0), i)
         return sums
-
-    def _add(self, sums, factors) -> None:
-        """Those of a scale block, [2 * row of weights + column], times the scale of either row."""
-        raise NotImplementedError
 
 
 def sum_of_quad(value):

@@ -95,7 +95,7 @@ class Multiply:
                 for i in range(widths[0] // 2):
                     store(acc, T.float32(0), i)
             if self.c.multiplies_by_warp:
-                self._multiply_stages_by_warp()
+                self._multiply_stages_by_warp(self._multiply_stage_by_warp)
                 return
             with for_(self.k_steps):
                 cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
@@ -202,11 +202,12 @@ class Multiply:
         even = self._kept(cuda.cvta_generic_to_shared(self.xs.ptr_to([start])))
         self.token_places = even, self._kept(even ^ u32(64))
 
-    def _multiply_stages_by_warp(self, multiply_stage=None) -> None:
-        """All stages of a tile. Of the last one a K block past the end of K is left out: of 2880 columns 1 of 24, 2 % of the
-        operator. By another loop: a branch in this one takes 0.7 % where every K block is there; with wgmma it did not pay.
+    def _multiply_stages_by_warp(self, multiply_stage) -> None:
+        """All stages of a tile, by ``multiply_stage(blocks)`` each. Of the last one a K block past the end of K is left out:
+        of 2880 columns 1 of 24, 2 % of the operator. By another loop: a branch in this one takes 0.7 % where every K block is
+        there; with wgmma it did not pay.
         """
-        blocks, multiply_stage = range(self.per_warpgroup), multiply_stage or self._multiply_stage_by_warp
+        blocks = range(self.per_warpgroup)
 
         def multiply(num_stages, blocks) -> None:
             with for_(num_stages):

@@ -163,9 +163,9 @@ def _round_nvfp4_blocks(values, row_scale=None) -> None:
         round_nvfp4(values, range(first, first + 16), _amax(values, first, 16), row_scale)
 
 
-def is_live(a, row, tile_m: int):
-    """Whether a row holds a pair."""
-    return let(cast(row % tile_m < live_rows(a, row, tile_m), "int32")) != 0
+def is_live(row, tile_m: int, rows):
+    """Whether a row holds a pair, of whose tile ``rows`` do."""
+    return let(cast(row % tile_m < rows, "int32")) != 0
 
 
 def live_rows(a, row, tile_m: int):
@@ -194,7 +194,7 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
         rows = live_rows(a, row, tile_m)
-        is_inside = let(cast(row % tile_m < rows, "int32")) != 0
+        is_inside = is_live(row, tile_m, rows)
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
             block = Block(a, row, item % row_blocks, thread.lane, is_inside)
             values = block.load()
@@ -213,7 +213,7 @@ def _requantize_rows(a, tile_m: int) -> None:
         row = let(thread.cta * warps + thread.warp)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        is_inside = is_live(a, row, tile_m)
+        is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
         with if_(is_inside):
             rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
             amax = scalar("int32", T.int32(0))

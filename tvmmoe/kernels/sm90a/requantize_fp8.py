@@ -18,7 +18,7 @@ from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
 from tvmmoe.kernels.sm90a.gather import exchange_quad
 from tvmmoe.kernels.sm90a.gather_fp8 import INSIDE, OUTSIDE, row_factor, write_byte, write_quarters
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, is_live, warp_block
+from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, is_live, live_rows, warp_block
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -84,7 +84,7 @@ def requantize_fp8(a, tile_m: int) -> None:
         row = let(thread.cta * WARPS + thread.warp)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        is_inside = is_live(a, row, tile_m)
+        is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
         with if_(is_inside):
             _requantize_row(a, thread.lane, let(cast(row, "int64")), width)
 

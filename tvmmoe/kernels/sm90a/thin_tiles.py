@@ -61,21 +61,17 @@ class ThinScheduler(TileScheduler):
         is_thin = T.And(rows <= THIN_ROWS, T.Not(has_outside))
         assign(self.is_thin, T.Select(is_thin, self.may_be_thin, T.int32(0)))
 
-    def lead(self, is_issuer, space: str) -> None:
+    def announce(self, is_issuer, space: str = "global") -> None:
         if self.knows_rows:
-            super().lead(is_issuer, space)
-            return
-        self._begin_role()
-        self.claimed = scalar("int32", self.thread.cta)
-        self._look_up(space)
+            super().announce(is_issuer, space)
+        else:  # the rest is for announce_first
+            self._look_up(space)
 
     def announce_first(self, is_issuer) -> None:
         self.knows_rows = True
         with if_(self.is_left):
             self._look_at_rows()
-        with if_(is_issuer):
-            self._publish()
-        assign(self.num_seen, self.num_seen + 1)
+        self._tell(is_issuer)
 
     def _place(self):
         words, ring, barrier = super()._place()

@@ -144,9 +144,7 @@ class TileScheduler:
         """Advance to the claimed tile, and tell everyone."""
         if self.c.cluster == 1:
             self._look_up(space)
-            with if_(is_issuer):
-                self._publish()
-            assign(self.num_seen, self.num_seen + 1)
+            self._tell(is_issuer)
             return
         assert self.c.is_issued_by_warp, self.c
         with if_(is_issuer):
@@ -164,6 +162,12 @@ class TileScheduler:
             cuda.warp_sync()  # so that the issuer's next arrival is behind all lanes' reads of the slot
 
         if_else(self.rank == 0, lead, follow)
+
+    def _tell(self, is_issuer) -> None:
+        """Everyone in the CTA of ``tile``."""
+        with if_(is_issuer):
+            self._publish()
+        assign(self.num_seen, self.num_seen + 1)
 
     def _look_up(self, space: str) -> None:
         """``tile`` of what was claimed."""
