@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as I  # noqa: E741
 from tvmmoe.config import Problem, WeightFormat
 from tvmmoe.kernels.sm90a import build as sm90a_build
 from tvmmoe.kernels.sm90a import gemm_config as kernel
-from tvmmoe.kernels.sm90a.by_scale_block import ZERO_BYTES
+from tvmmoe.kernels.sm90a.by_scale_block import constant_bytes
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import FEW_TOKENS, THIN_TILE_M, slices
@@ -115,7 +115,7 @@ def _num_stages(task: Task, c: kernel.GemmConfig) -> int:
     matrices = 1 if problem is Gemm1 else 2
     if c.rows > 256 or (problem is Gemm1 and 128 % (c.rows // 2)):
         return 0
-    return kernel.shared_memory(c, matrices, reserved=ZERO_BYTES if has_thin_tiles(c) else 0).stages
+    return kernel.shared_memory(c, matrices, reserved=constant_bytes(c.weight_format) if has_thin_tiles(c) else 0).stages
 
 
 def features(task: Task, config: dict[str, int]) -> list[float]:

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as sm90a
-from tvmmoe.kernels.sm90a.gather import from_pairs
+from tvmmoe.kernels.sm90a.gather import TWO_POW_120, from_pairs
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     address,
@@ -46,7 +46,6 @@ from tvmmoe.kernels.sm120a.intrinsics import funnel
 
 PRODUCERS = 128  # threads, as many as a tile has weight rows
 PRODUCER_BARRIER = 2  # named barrier of their warps
-TWO_POW_120 = 0x7B807B80  # bf16 pair
 CHUNKS = desc.BLOCK_BYTES // 16  # of a row in one K block
 
 
@@ -276,7 +275,7 @@ class Producer:
         is_mx = self.c.weight_format is WeightFormat.mxfp4
         places = [piece] if is_mx else [2 * piece, 2 * piece + 1]
         factors = [let((scales[i // 4] >> u32(8 * (i % 4))) & u32(0xFF)) for i in places]
-        return [(_ue8m0_pair if is_mx else _e4m3_pair)(byte) for byte in factors]
+        return [(sm90a.ue8m0_pair if is_mx else _e4m3_pair)(byte) for byte in factors]
 
 
 def _decode_word(word, factor):
@@ -289,12 +288,6 @@ def _decode_word(word, factor):
     for i in range(4):
         ptx["mul.rn.bf16x2"](pairs[i], pairs[i], factor)
     return pairs
-
-
-def _ue8m0_pair(byte):
-    """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127, b = 255 is NaN."""
-    nan = ((byte + u32(1)) >> u32(8)) * u32(0x007F007F)
-    return let(T.max(byte * u32(0x00800080), u32(0x00400040)) + nan)
 
 
 def _e4m3_pair(byte):

@@ -14,6 +14,8 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels import numerics
+from tvmmoe.kernels.sm80.intrinsics import multiply_pairs, spread_e2m1
+from tvmmoe.kernels.sm90a import intrinsics as isa
 from tvmmoe.kernels.sm90a.layout import K_BLOCK, padded
 from tvmmoe.kernels.sm90a.thin_rows import columns_address, to_columns
 from tvmmoe.kernels.sm90a.trace import (
@@ -40,6 +42,7 @@ from tvmmoe.kernels.sm90a.trace import (
 THREADS = 128
 COLUMNS = THREADS * 8
 SLOTS_AT_ONCE = 8
+TWO_POW_120 = 0x7B807B80  # bf16 pair
 
 
 def pack_bf16(low, high):
@@ -81,6 +84,21 @@ def from_pairs(words) -> None:
         store(words, word, i)
 
 
+def spread_e4m3(low, high):
+    """Bytes v of two words as bf16 pair v, times 2^-120, which is what an e4m3's bits are where bf16 has them; 127 is NaN."""
+    pairs = []
+    for v in range(4):
+        bytes_ = scalar("uint32")
+        ptx["prmt.b32"](bytes_, low, high, u32(0x11 * v | 0x1100 * (v + 4)))
+        pairs.append(scalar("uint32", ((bytes_ >> u32(4)) & u32(0x07F007F0)) | (bytes_ & u32(0x80008000))))
+    carries = [let((word & u32(0x7F7F7F7F)) + u32(0x01010101)) for word in (low, high)]
+    with if_(((carries[0] | carries[1]) & u32(0x80808080)) != u32(0)):
+        for pair in pairs:
+            nan = let(((pair & u32(0x07F007F0)) + u32(0x00100010)) & u32(0x08000800))
+            assign(pair, pair | ((nan << u32(4)) - (nan >> u32(5))))
+    return pairs
+
+
 class Encoded:
     """Eight columns of a token as they are stored; zeros until :meth:`load`."""
 
@@ -103,19 +121,21 @@ class Encoded:
         for i in range(self.count):
             store(self.words, load("uint32", address(a.hidden_states, first + 4 * i), space), i)
 
-    def decode(self):
-        """Four bf16 pairs in column order."""
+    def pairs(self):
+        """Decoded: four words of bf16, columns (v, v + 4) each."""
+        pairs = regs(4, "uint32")
         if self.form == ActivationFormat.bf16:
-            return self.words
-        words, pairs = [let(self.words[i]) for i in range(self.count)], regs(4, "uint32")
+            for i in range(4):
+                store(pairs, self.words[i], i)
+            to_pairs(pairs)
+            return pairs
         if self.form == ActivationFormat.mxfp8:
-            scale = let(numerics.block_scale_to_float32(self.scale, 32))
-            values = [numerics.e4m3_to_float32((words[i // 4] >> u32(8 * (i % 4))) & u32(0xFF)) for i in range(8)]
+            spread, power, scale = spread_e4m3(self.words[0], self.words[1]), TWO_POW_120, isa.ue8m0_pair(self.scale)
         else:
-            scale = let(numerics.block_scale_to_float32(self.scale, 16))
-            values = [numerics.e2m1_to_float32(let(words[0] >> u32(4 * i))) for i in range(8)]
-        for i in range(4):
-            store(pairs, pack_bf16(let(values[2 * i] * scale), let(values[2 * i + 1] * scale)), i)
+            factor = let(numerics.block_scale_to_float32(self.scale, 16))
+            spread, power, scale = spread_e2m1(let(self.words[0])), isa.TWO_POW_126, pack_bf16(factor, factor)
+        for v in range(4):
+            store(pairs, multiply_pairs(multiply_pairs(spread[v], u32(power)), scale), v)
         return pairs
 
 
@@ -143,10 +163,8 @@ class Chunk:
             self.encoded.load(self.a, self.token, self.column, space)
 
     def pairs(self):
-        """What was loaded, decoded: four words, columns (v, v + 4) each."""
-        words = self.encoded.decode()
-        to_pairs(words)
-        return words
+        """What was loaded, as :meth:`Encoded.pairs`."""
+        return self.encoded.pairs()
 
     def write(self, row_of_slot, is_thin=None) -> None:
         """Store the chunk, decoded and in K order, to every row of the token (each part to some), to those of thin slots as
@@ -164,14 +182,12 @@ class Chunk:
                     assign(row, row_of_slot(k))
                 rows.append((k, row))
             for k, row in rows:
-                with if_(row >= 0):
+                with if_(T.And(row >= 0, self.position < width)):
                     if is_thin is not None:
                         with if_(is_thin(k)):
-                            with if_(self.position < width):
-                                self._store_columns(row, columns)
-                    with if_(self.position < width):
-                        offset = cast(row, "int64") * width + self.position
-                        store_vec4(address(a.ws["x"], offset * 2), words)
+                            self._store_columns(row, columns)
+                    offset = cast(row, "int64") * width + self.position
+                    store_vec4(address(a.ws["x"], offset * 2), words)
                     with if_(T.And(a.per_token_scale != 0, self.position == 0)):
                         scale = load("float32", address(a.per_token_scale, cast(self.token, "int64") * 4))
                         store_to("float32", address(a.ws["row_scale"], cast(row, "int64") * 4), scale)

@@ -88,6 +88,7 @@ class GroupedGemm(Multiply, Epilogue):
     scale_lanes = 96  # three warps copy scales
     initializing_thread = 0  # of barriers
     operand_arrivals = 1  # of the TMA warp at a stage's full barrier
+    block_step = 1  # from one of a warpgroup's K blocks in a stage to its next one
     token_dtype, token_bytes = "bfloat16", 2  # of the operand; its rows are 2 * padded_k bytes apart in any case
 
     def __init__(self, a, config: GemmConfig, problem):

@@ -219,13 +219,11 @@ class Multiply:
             multiply(self.k_steps, blocks)
             return
         num_blocks = (cast(self.p.k, "int32") + (K_BLOCK - 1)) // K_BLOCK
-        past_last = self._past_last_block()  # of this warpgroup in a stage
+        # Past this warpgroup's last one of a stage.
+        past_last = self.k_sub * self.first_block + (1 + (self.per_warpgroup - 1) * self.block_step)
         full_stages = let((num_blocks + self.c.k_blocks - past_last) // self.c.k_blocks)
         multiply(full_stages, blocks)
         multiply(self.k_steps - full_stages, blocks[:-1])
-
-    def _past_last_block(self):
-        return (self.k_sub + 1) * self.per_warpgroup
 
     def _multiply_stage_by_warp(self, blocks) -> None:
         """This warp's K ``blocks`` of a stage, which is then free."""

@@ -124,6 +124,12 @@ def any_large(scale_bytes):
     return let(T.cuda.any_sync(u32(0xFFFFFFFF), largest > u32(_MAX_FAST_UE8M0)), "int32") != 0
 
 
+def ue8m0_pair(byte):
+    """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127, b = 255 is NaN."""
+    nan = ((byte + u32(1)) >> u32(8)) * u32(0x007F007F)  # arithmetic: predicates are short in the main loop
+    return let(T.max(byte * u32(0x00800080), u32(0x00400040)) + nan)
+
+
 class Ue8m0Multipliers:
     """Multipliers of one warp's mxfp4 rows for one K block."""
 
@@ -135,10 +141,7 @@ class Ue8m0Multipliers:
         return self._first[row]
 
     def second(self, row: int):
-        """2^(b - 127) as a bf16 pair; b = 0 is the subnormal 2^-127, b = 255 is NaN."""
-        byte = self._bytes[row]
-        nan = ((byte + u32(1)) >> u32(8)) * u32(0x007F007F)  # arithmetic: predicates are short in the main loop
-        return let(T.max(byte * u32(0x00800080), u32(0x00400040)) + nan)
+        return ue8m0_pair(self._bytes[row])
 
 
 class E4m3Multipliers:

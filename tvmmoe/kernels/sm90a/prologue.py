@@ -222,13 +222,13 @@ class Placement:
                 share = let(rows_per_tile(rows, self.tile_m))
                 tile = let(first_tile + rank // share)
                 row = let(T.Select(mine >= 0, tile * self.tile_m + rank % share, T.int32(-1)))
+                live = let(T.min(rows - rank // share * share, share))  # of the tile
                 with if_(self.thread.lane == 0):
                     I.buffer_store(self._rows, row, [slot])
                     if self.a.has_thin_tiles:
-                        live = T.min(rows - rank // share * share, share)
                         I.buffer_store(self._are_thin, cast(live <= THIN_ROWS, "int32"), [slot])
                     with if_(is_writer):
-                        self._write(pair, mine, row, tile, rank, rows, share)
+                        self._write(pair, mine, row, tile, rank % share == 0, live)
         with if_(T.And(self.thread.cta == 0, self.thread.warp == WARPS - 1)):
             num_tiles = self._tiles_below(self.num_local)
             with if_(self.thread.lane == 0):
@@ -254,13 +254,12 @@ class Placement:
                 assign(count, count + (self._counts[e] + self.tile_m - 1) // self.tile_m)
         return warp_add_s32(count)
 
-    def _write(self, pair, expert, row, tile, rank, rows, share) -> None:
+    def _write(self, pair, expert, row, tile, begins_tile, live) -> None:
         a = self.a
         store_to("int32", address(a.result("expanded_idx_to_permuted_idx"), cast(pair, "int64") * 4), row)
         with if_(expert >= 0):
-            with if_(rank % share == 0):
+            with if_(begins_tile):
                 store_to("int32", address(a.ws["tile_expert"], cast(tile, "int64") * 4), expert)
-                live = let(T.min(rows - rank, share))
                 store_to("int32", address(a.ws["tile_rows"], cast(tile, "int64") * 4), live)
                 if a.has_thin_tiles:
                     for i in range(THIN_ROWS):

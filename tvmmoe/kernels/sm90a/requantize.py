@@ -191,8 +191,8 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
     with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:
         item, row_blocks = let(thread.cta * (THREADS // 4) + thread.tid // 4), let(cast(blocks, "int32"))
         row = let(item // row_blocks)
+        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
         ptx.griddepcontrol.wait()
-        ptx.griddepcontrol.launch_dependents()
         rows = live_rows(a, row, tile_m)
         is_inside = is_live(row, tile_m, rows)
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
@@ -211,8 +211,8 @@ def _requantize_rows(a, tile_m: int) -> None:
     num_ctas = cast((a.max_tiles * tile_m + (warps - 1)) // warps, "int32")
     with kernel("requantize_nvfp4_per_token", num_ctas, THREADS) as thread:
         row = let(thread.cta * warps + thread.warp)
+        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
         ptx.griddepcontrol.wait()
-        ptx.griddepcontrol.launch_dependents()
         is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
         with if_(is_inside):
             rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))

@@ -82,8 +82,8 @@ def requantize_fp8(a, tile_m: int) -> None:
     num_ctas = cast((a.max_tiles * tile_m + WARPS - 1) // WARPS, "int32")
     with kernel("requantize_fp8", num_ctas, 32 * WARPS) as thread:
         row = let(thread.cta * WARPS + thread.warp)
+        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
         ptx.griddepcontrol.wait()
-        ptx.griddepcontrol.launch_dependents()
         is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
         with if_(is_inside):
             _requantize_row(a, thread.lane, let(cast(row, "int64")), width)

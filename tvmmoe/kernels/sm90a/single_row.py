@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import ActivationFormat
 from tvmmoe.kernels.sm90a import intrinsics as isa
-from tvmmoe.kernels.sm90a.by_scale_block import ZERO_BYTES, ByScaleBlock, sum_of_quad
+from tvmmoe.kernels.sm90a.by_scale_block import ByScaleBlock, constant_bytes, sum_of_quad
 from tvmmoe.kernels.sm90a.gather import pack_bf16
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
@@ -164,13 +164,11 @@ class SingleRow(ByScaleBlock):
         super().__init__(a, config, problem)
         self.first_block, self.block_step = 1, config.ks  # so that all have some of a stage that is not full
 
-    def _past_last_block(self):
-        return self.k_sub + (1 + (self.per_warpgroup - 1) * self.block_step)
-
     def _divide_memory(self, problem) -> SharedMemory:
         c = self.c
         w_block, s_stage = c.rows * K_BLOCK // 2, c.rows * c.scale_pitch
-        free = SMEM_BYTES - BARRIER_BYTES - self.reserved_bytes() - ZERO_BYTES - 4 * self.num_sums
+        reserved = self.reserved_bytes() + constant_bytes(c.weight_format) + 4 * self.num_sums
+        free = SMEM_BYTES - BARRIER_BYTES - reserved
         stages = min(c.max_stages, free // (c.k_blocks * (COLUMNS_BYTES + w_block) + s_stage))
         return SharedMemory(COLUMNS_BYTES, w_block, s_stage, 0, 0, stages, 0)
 
@@ -180,12 +178,12 @@ class SingleRow(ByScaleBlock):
         return 2 * self.c.ks * self.c.rows
 
     def _allocate_results(self, smem: Smem) -> None:
-        self._allocate_zeros(smem)
+        self._allocate_constants(smem)
         self.sums_of_rows = smem.alloc(self.num_sums, "float32", 128)
 
     def _initialize(self) -> None:
         super()._initialize()
-        self._write_zeros()
+        self._write_constants()
 
     # ---------------------------------------------------------------------------------------------------- producers
 

@@ -10,7 +10,7 @@ weights.
 from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
-from tvmmoe.kernels.sm90a.by_scale_block import ZERO_BYTES, ByScaleBlock, sum_of_quad
+from tvmmoe.kernels.sm90a.by_scale_block import ByScaleBlock, constant_bytes, sum_of_quad
 from tvmmoe.kernels.sm90a.gemm import GroupedGemm
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.layout import COLUMNS_BYTES, K_BLOCK, MAX_ARRANGED_PAIRS, THIN_ROWS, THIN_TILE_M
@@ -96,15 +96,15 @@ class ThinTiles(ByScaleBlock, GroupedGemm):
         return ThinScheduler(self.a, self.c, self.p.number)
 
     def reserved_bytes(self) -> int:
-        return ZERO_BYTES
+        return constant_bytes(self.c.weight_format)
 
     def _allocate_more(self, smem: Smem) -> None:
         super()._allocate_more(smem)
-        self._allocate_zeros(smem)
+        self._allocate_constants(smem)
 
     def _initialize(self) -> None:
         super()._initialize()
-        self._write_zeros()
+        self._write_constants()
 
     # ---------------------------------------------------------------------------------------------------- producers
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hopper's gather kernel, its generated code run on a CPU: every element under every block scale, bit for bit."""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+
+from tvmmoe import abi
+from tvmmoe.config import ActivationFormat
+from tvmmoe.kernels.sm90a import layout
+from tvmmoe.numerics import E2M1_VALUES
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="needs tvm to build kernels")
+
+SYMBOL, TILE_M = "gather_moe_m8", 8
+ROWS = torch.tensor([5, 0, 3, -1, 8, 1, 2, 6, 4])  # of each token; another rank has one
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("simulated_gather")
+
+
+@functools.cache
+def simulated(form: ActivationFormat, folder):
+    """The kernel alone as a packed function by the operator's calling convention, compiled for this CPU."""
+    import tvm_ffi
+
+    from tvmmoe.kernels.sm90a import build, simulate
+    from tvmmoe.kernels.sm90a.gather import gather
+    from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
+    from tvmmoe.kernels.sm120a.simulate import compile_so
+    from tvmmoe.tuning.sm90a import host_function
+
+    path = folder / f"{form.name}.so"
+    make = {SYMBOL: lambda: host_function(SYMBOL, TILE_M, LAUNCH_PARAMS, lambda a: gather(a, form))}
+    compile_so(simulate.host_source(build.packed_source(make)), path)
+    return tvm_ffi.load_module(str(path))[SYMBOL]
+
+
+def run(form: ActivationFormat, hidden_states: torch.Tensor, scale: torch.Tensor, hidden_size: int, folder) -> torch.Tensor:
+    """bfloat16 [rows, H] in column order; rows that nobody has must be as they were."""
+    sizes = dict(num_tokens=len(ROWS), top_k=1, hidden_size=hidden_size, intermediate_size=32, local_num_experts=1)
+    slices, num_bytes = layout.slices(*sizes.values(), TILE_M)
+    workspace = torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
+
+    def piece(name, dtype):
+        offset, count = slices[name]
+        return workspace[offset : offset + count].view(dtype)
+
+    piece("expanded_idx_to_permuted_idx", torch.int32)[:] = ROWS
+    pointers = dict.fromkeys(abi.POINTERS, 0)
+    pointers |= dict(hidden_states=hidden_states.data_ptr(), hidden_states_scale=scale.data_ptr())
+    simulated(form, folder)(workspace, *pointers.values(), *[sizes.get(name, 0) for name in abi.INTS], 1.0)
+    width = layout.padded(hidden_size)
+    x = piece("x", torch.bfloat16).view(-1, width)
+    of_nobody = torch.ones(len(x), dtype=torch.bool)
+    of_nobody[ROWS[ROWS >= 0]] = False
+    assert (x[of_nobody].view(torch.uint8) == 0xA5).all(), "a row that no token has was written"
+    order = torch.tensor([layout.k_of_position(i) for i in range(128)])
+    columns = x.unflatten(1, (-1, 128))[..., order.argsort()].flatten(1)
+    assert not columns[~of_nobody, hidden_size:].any(), "columns past H are not zero"
+    return columns[:, :hidden_size]
+
+
+def assert_equal_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """bfloat16 alike, signs of zeros too; any NaN is as good as another."""
+    is_nan = expected.isnan()
+    assert torch.equal(actual.isnan(), is_nan)
+    assert torch.equal(actual[~is_nan].view(torch.int16), expected[~is_nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("num_blocks", [256, 251])  # of 32 columns: whole K blocks, and not
+def test_mxfp8(num_blocks, folder):
+    generator = torch.Generator().manual_seed(num_blocks)
+    elements = torch.zeros(len(ROWS), 32, dtype=torch.uint8)
+    elements[ROWS >= 0] = torch.arange(256, dtype=torch.uint8)[torch.randperm(256, generator=generator)].view(8, 32)
+    elements = elements[:, None].repeat(1, num_blocks, 1)
+    scale = torch.randperm(256, generator=generator)[:num_blocks].to(torch.uint8).repeat(len(ROWS), 1)
+    actual = run(ActivationFormat.mxfp8, elements, scale, 32 * num_blocks, folder)
+    factors = torch.where(scale == 255, torch.nan, torch.ldexp(torch.ones(scale.shape), scale.int() - 127))
+    expected = (elements.view(torch.float8_e4m3fn).float() * factors[..., None]).bfloat16().flatten(1)
+    assert factors[scale == 0].eq(2.0**-127).all()
+    assert_equal_bits(actual[ROWS[ROWS >= 0]], expected[ROWS >= 0])
+
+
+@pytest.mark.parametrize("num_blocks", [256, 251])  # of 16 columns
+def test_nvfp4(num_blocks, folder):
+    generator = torch.Generator().manual_seed(num_blocks)
+    codes = torch.rand((len(ROWS), num_blocks, 16), generator=generator).argsort(-1)  # all of them, in each block
+    scale = torch.randperm(256, generator=generator)[:num_blocks].to(torch.uint8).repeat(len(ROWS), 1)
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8).contiguous()
+    actual = run(ActivationFormat.nvfp4, packed, scale, 16 * num_blocks, folder)
+    expected = (torch.tensor(E2M1_VALUES)[codes] * scale.view(torch.float8_e4m3fn).float()[..., None]).bfloat16().flatten(1)
+    assert_equal_bits(actual[ROWS[ROWS >= 0]], expected[ROWS >= 0])
