@@ -42,7 +42,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         outcome: [r.nodeid for r in terminalreporter.stats.get(outcome, ()) if "gpu" in getattr(r, "keywords", ())]
         for outcome in ("passed", "failed", "error")
     }
-    is_clean = not (gpu["failed"] or gpu["error"] or config.stash[IS_PARTIAL])
+    is_partial = config.stash[IS_PARTIAL] or config.getoption("numprocesses", None)  # what is left out, xdist's workers see
+    is_clean = not (gpu["failed"] or gpu["error"] or is_partial)
     targets, files = targets_of(torch.device("cuda", torch.cuda.current_device())), loader.manifest().files
     earned = verification.changes(gpu["passed"], is_clean, targets, files)
     for line in verification.lines(earned, files, torch.cuda.get_device_name()):

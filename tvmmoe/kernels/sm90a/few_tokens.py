@@ -73,7 +73,7 @@ def prepare(a, form: ActivationFormat) -> None:
             with if_(thread.tid == 0):
                 store_to("int32", address(a.ws["num_tiles"]), T.int32(UNWRITTEN))
                 clear_claims(a)
-        pairs, width = chunk.pairs(), padded(a.hidden_size)
+        pairs, width = chunk.encoded.pairs(), padded(a.hidden_size)
         windows = zip(*(windows_of(let(pairs[i])) for i in range(4)), strict=True)
         with if_(chunk.position < width):
             block = a.ws["few_x"] + (cast(token, "int64") * width + chunk.position // K_BLOCK * K_BLOCK) * 4

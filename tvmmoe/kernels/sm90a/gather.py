@@ -162,15 +162,11 @@ class Chunk:
         with if_(self.column < self.a.hidden_size):
             self.encoded.load(self.a, self.token, self.column, space)
 
-    def pairs(self):
-        """What was loaded, as :meth:`Encoded.pairs`."""
-        return self.encoded.pairs()
-
     def write(self, row_of_slot, is_thin=None) -> None:
         """Store the chunk, decoded and in K order, to every row of the token (each part to some), to those of thin slots as
         columns, too, and the rows' scale once."""
         a, width = self.a, padded(self.a.hidden_size)
-        words = self.pairs()
+        words = self.encoded.pairs()
         columns = None if is_thin is None else [to_columns(words[i]) for i in range(4)]
         exchange_quad(words, self.thread.lane)
         with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as group:

@@ -160,11 +160,11 @@ class Rows:
         num_early = len(self.early)
         with if_(self.is_first):
             for chunk in self.early:
-                self.window.check(chunk.pairs())
+                self.window.check(chunk.encoded.pairs())
             with for_(T.max(cast(segments_of(self.a, COLUMNS), "int32") - num_early, T.int32(0))) as i:
                 chunk = Chunk(self.a, self.form, self.chunk.token, i + num_early, self.thread, COLUMNS)
                 chunk.load()
-                self.window.check(chunk.pairs())
+                self.window.check(chunk.encoded.pairs())
 
     def write(self, placement: "Placement") -> None:
         if self.window is None:
