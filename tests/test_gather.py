@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from test_requantize import TILE_M, in_column_order, kernel_alone
 
 from tvmmoe import abi
 from tvmmoe.config import ActivationFormat
@@ -14,7 +15,7 @@ from tvmmoe.numerics import E2M1_VALUES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="needs tvm to build kernels")
 
-SYMBOL, TILE_M = "gather_moe_m8", 8
+SYMBOL = "gather_moe_m8"
 TOP_K = 2
 # Of each token's slots; another rank has three.
 ROWS = torch.tensor([[5, 0], [3, -1], [8, 1], [2, 6], [4, 17], [-1, 16], [9, 10], [11, 12], [-1, 13]])
@@ -27,19 +28,9 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def simulated(form: ActivationFormat, folder):
-    """The kernel alone as a packed function by the operator's calling convention, compiled for this CPU."""
-    import tvm_ffi
-
-    from tvmmoe.kernels.sm90a import build, simulate
     from tvmmoe.kernels.sm90a.gather import gather
-    from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
-    from tvmmoe.kernels.sm120a.simulate import compile_so
-    from tvmmoe.tuning.sm90a import host_function
 
-    path = folder / f"{form.name}.so"
-    make = {SYMBOL: lambda: host_function(SYMBOL, TILE_M, LAUNCH_PARAMS, lambda a: gather(a, form))}
-    compile_so(simulate.host_source(build.packed_source(make)), path)
-    return tvm_ffi.load_module(str(path))[SYMBOL]
+    return kernel_alone(SYMBOL, lambda a: gather(a, form), folder / f"{form.name}.so")
 
 
 def run(form: ActivationFormat, hidden_states: torch.Tensor, scale: torch.Tensor | None, hidden_size: int, folder):
@@ -62,8 +53,7 @@ def run(form: ActivationFormat, hidden_states: torch.Tensor, scale: torch.Tensor
     of_nobody = torch.ones(len(x), dtype=torch.bool)
     of_nobody[rows] = False
     assert (x[of_nobody].view(torch.uint8) == 0xA5).all(), "a row that no slot has was written"
-    order = torch.tensor([layout.k_of_position(i) for i in range(128)])
-    columns = x[rows].unflatten(1, (-1, 128))[..., order.argsort()].flatten(1)
+    columns = in_column_order(x[rows])
     assert not columns[:, hidden_size:].any(), "columns past H are not zero"
     return columns[:, :hidden_size], torch.nonzero(ROWS >= 0)[:, 0]
 

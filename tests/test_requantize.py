@@ -3,6 +3,9 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,23 +29,31 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("simulated_requantize")
 
 
-@functools.cache
-def simulated(mode: str, folder):
-    """The kernel alone as a packed function by the operator's calling convention, compiled for this CPU."""
+def kernel_alone(symbol: str, emit: Callable[[Any], None], path: Path) -> Callable[..., None]:
+    """What ``emit`` emits as a packed function by the operator's calling convention, compiled for this CPU."""
     import tvm_ffi
 
     from tvmmoe.kernels.sm90a import build, simulate
     from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
-    from tvmmoe.kernels.sm90a.requantize import requantize
     from tvmmoe.kernels.sm120a.simulate import compile_so
     from tvmmoe.tuning.sm90a import host_function
 
-    def make():
-        return host_function(SYMBOL, TILE_M, LAUNCH_PARAMS, lambda a: requantize(a, *MODES[mode], TILE_M))
+    make = {symbol: lambda: host_function(symbol, TILE_M, LAUNCH_PARAMS, emit)}
+    compile_so(simulate.host_source(build.packed_source(make)), path)
+    return tvm_ffi.load_module(str(path))[symbol]
 
-    path = folder / f"{mode}.so"
-    compile_so(simulate.host_source(build.packed_source({SYMBOL: make})), path)
-    return tvm_ffi.load_module(str(path))[SYMBOL]
+
+@functools.cache
+def simulated(mode: str, folder):
+    from tvmmoe.kernels.sm90a.requantize import requantize
+
+    return kernel_alone(SYMBOL, lambda a: requantize(a, *MODES[mode], TILE_M), folder / f"{mode}.so")
+
+
+def in_column_order(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of whole K blocks, which kernels store in K order."""
+    positions = torch.tensor([layout.k_of_position(i) for i in range(layout.K_BLOCK)]).argsort()
+    return rows.unflatten(1, (-1, layout.K_BLOCK))[..., positions].flatten(1)
 
 
 def run(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +80,7 @@ def run(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]
     dead = torch.ones(len(operand), dtype=torch.bool)
     dead[: len(z)] = ~live
     assert torch.equal(operand[dead].view(torch.int16), before[dead].view(torch.int16)), "a row of padding was written"
-    values = operand[: len(z)].unflatten(1, (-1, 128))[..., order.argsort()].flatten(1)
+    values = in_column_order(operand[: len(z)])
     padding = values[live, z.shape[1] :]
     assert not padding.nan_to_num(0).any(), "columns past I"  # NaN in a row of NaN, whose result is NaN in any case
     return values[live, : z.shape[1]], piece("row_scale", torch.float32)[: len(z)][live]

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from test_requantize import in_column_order
 from test_single_row import MACHINES, odd_scales, output_of, shift_scales, spread_blocks
 from test_sm90a import BASE, HAS_TVM, MX, SIMULATED, call, simulated, source_of, workspace_slices
 
@@ -146,7 +147,6 @@ def test_workspace_holds_columns_of_thin_tiles(name, folder):
     num_tiles = results["num_tiles"].view(torch.int32)[0]
     rows_of_tile = results["tile_rows"].view(torch.int32)[:num_tiles]
     assert num_tiles > 4 and (rows_of_tile <= 2).sum() > 3
-    order = torch.tensor([layout.k_of_position(i) for i in range(128)]).argsort()
     for operand, flags, width in (("x", "x_outside", case.hidden_size), ("z", "z_outside", case.intermediate_size)):
         rows = results[operand].view(torch.bfloat16).view(-1, 8, layout.padded(width))
         is_outside = results[flags].view(torch.int32).view(-1, 2)
@@ -154,7 +154,7 @@ def test_workspace_holds_columns_of_thin_tiles(name, folder):
             live = rows_of_tile[tile].item()
             if live > layout.THIN_ROWS:
                 continue
-            plain = rows[tile, :live].unflatten(1, (-1, 128))[..., order].flatten(1)
+            plain = in_column_order(rows[tile, :live])
             stored = rows[tile, 2:4].flatten().unflatten(0, (-1, 4, 2, 4, 8))
             expected = columns_of(torch.cat([plain, plain])[:2] * 2.0**94).unflatten(0, (-1, 4, 2, 4, 8))
             assert torch.equal(stored[:, :, :live], expected[:, :, :live])

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm90a import intrinsics as sm90a
-from tvmmoe.kernels.sm90a.gather import TWO_POW_120, from_pairs
+from tvmmoe.kernels.sm90a.gather import from_pairs
 from tvmmoe.kernels.sm90a.tile_scheduler import Tile
 from tvmmoe.kernels.sm90a.trace import (
     address,
@@ -294,5 +294,5 @@ def _e4m3_pair(byte):
     """An e4m3 as a bf16 pair, exactly: its bits, moved to where bf16 has them, are e4m3 * 2^-120; 127 is NaN."""
     magnitude, pair = let(byte & u32(0x7F)), scalar("uint32")
     pattern = let((magnitude << u32(4) | (byte & u32(0x80)) << u32(8)) * u32(0x10001))
-    ptx["mul.rn.bf16x2"](pair, pattern, u32(TWO_POW_120))
+    ptx["mul.rn.bf16x2"](pair, pattern, u32(sm90a.TWO_POW_120))
     return let(T.Select(magnitude == u32(0x7F), u32(0x7FFF7FFF), pair))

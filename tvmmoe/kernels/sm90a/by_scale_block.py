@@ -34,16 +34,13 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 ZERO_BYTES = COLUMNS_BYTES  # what lanes without tokens load: at the same offsets as those with, from other banks
-
-
-def _num_powers(weight_format: WeightFormat) -> int:
-    """Of mxfp4 each byte's scale as float32 in shared memory: a load for three instructions, 1 to 2 % at T=4 to 16."""
-    return 256 if weight_format == WeightFormat.mxfp4 else 0
+# Of mxfp4 each byte's scale as float32 in shared memory: a load for three instructions, 1 to 2 % at T=4 to 16.
+NUM_POWERS = 256
 
 
 def constant_bytes(weight_format: WeightFormat) -> int:
     """Shared memory for what a CTA writes once."""
-    return ZERO_BYTES + 4 * _num_powers(weight_format)
+    return ZERO_BYTES + (4 * NUM_POWERS if weight_format == WeightFormat.mxfp4 else 0)
 
 
 class ByScaleBlock:
@@ -54,9 +51,8 @@ class ByScaleBlock:
     """
 
     def _allocate_constants(self, smem: Smem) -> None:
-        num_powers = _num_powers(self.c.weight_format)
         self.zeros = smem.alloc(ZERO_BYTES, "uint8", 128)
-        self.powers = smem.alloc(num_powers, "float32", 128) if num_powers else None
+        self.powers = smem.alloc(NUM_POWERS, "float32", 128) if self.c.weight_format == WeightFormat.mxfp4 else None
 
     def _write_constants(self) -> None:
         """Before the CTA synchronises."""
@@ -64,7 +60,7 @@ class ByScaleBlock:
         with if_(tid < ZERO_BYTES // 4):
             store_to("uint32", self.zeros.ptr_to([tid * 4]), u32(0), "shared")
         if self.powers is not None:
-            with if_(tid < _num_powers(self.c.weight_format)):
+            with if_(tid < NUM_POWERS):
                 power = isa.ue8m0_factor(let(cast(tid, "uint32")))
                 store_to("float32", self.powers.ptr_to([tid]), power, "shared")
 

@@ -42,7 +42,6 @@ from tvmmoe.kernels.sm90a.trace import (
 THREADS = 128
 COLUMNS = THREADS * 8
 SLOTS_AT_ONCE = 8
-TWO_POW_120 = 0x7B807B80  # bf16 pair
 
 
 def pack_bf16(low, high):
@@ -130,7 +129,7 @@ class Encoded:
             to_pairs(pairs)
             return pairs
         if self.form == ActivationFormat.mxfp8:
-            spread, power, scale = spread_e4m3(self.words[0], self.words[1]), TWO_POW_120, isa.ue8m0_pair(self.scale)
+            spread, power, scale = spread_e4m3(self.words[0], self.words[1]), isa.TWO_POW_120, isa.ue8m0_pair(self.scale)
         else:
             factor = let(numerics.block_scale_to_float32(self.scale, 16))
             spread, power, scale = spread_e2m1(let(self.words[0])), isa.TWO_POW_126, pack_bf16(factor, factor)

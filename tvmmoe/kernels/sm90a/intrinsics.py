@@ -21,7 +21,7 @@ SQRT_HALF = 0.707106769084930419921875  # as float32
 EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000  # L2 policies
 TMA = "cp.async.bulk.tensor.{}d.shared::cta.global.mbarrier::complete_tx::bytes"
 TMA_TO_CLUSTER = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-TWO_POW_126 = 0x7E807E80  # bf16 pair
+TWO_POW_120, TWO_POW_126 = 0x7B807B80, 0x7E807E80  # bf16 pairs
 _MAX_FAST_UE8M0 = 128
 
 
