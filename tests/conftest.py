@@ -43,7 +43,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for outcome in ("passed", "failed", "error")
     }
     is_partial = config.stash[IS_PARTIAL] or config.getoption("numprocesses", None)  # what is left out, xdist's workers see
-    is_clean = not (gpu["failed"] or gpu["error"] or is_partial)
+    gave_up = any(r.when == "call" and "gpu" in r.keywords for r in terminalreporter.stats.get("skipped", ()))
+    is_clean = not (gpu["failed"] or gpu["error"] or is_partial or gave_up)
     targets, files = targets_of(torch.device("cuda", torch.cuda.current_device())), loader.manifest().files
     earned = verification.changes(gpu["passed"], is_clean, targets, files)
     for line in verification.lines(earned, files, torch.cuda.get_device_name()):

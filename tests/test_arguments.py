@@ -259,6 +259,13 @@ def to(dtype):
     return lambda t: t.to(dtype)
 
 
+def freed(t):
+    """The same without memory, as sharded training leaves parameters."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
 def swizzled(scale):
     """What FlashInfer's quantizers return: rows padded to 128, columns to 4, one dimension an expert."""
     *experts, rows, columns = scale.shape
@@ -356,6 +363,8 @@ VALUES = [
     ("bf16", "local_num_experts", 9, "got 9, expected 1 ... num_experts=8"),
     ("bf16", "local_expert_offset", 5, "got 5, expected 0 ... num_experts-local_num_experts=4"),
     ("bf16", "intermediate_size", 48, "got 48, expected a multiple of 32"),
+    ("bf16", "intermediate_size", 1 << 17, "got 131072, expected 1 ... 131040"),
+    *((PER_TOKEN, name, freed, "whose storage is freed, expected memory") for name in TENSORS),
     ("bf16", "routed_scaling_factor", NAN, "got nan, expected a finite float32 or None"),
     ("bf16", "routed_scaling_factor", INF, "got inf, expected a finite float32 or None"),
     ("bf16", "routed_scaling_factor", 1e39, "got 1e+39, expected a finite float32 or None"),
@@ -386,6 +395,8 @@ SHAPES = [
     ("bf16", "hidden_states", zeros(H, dtype=BF16), "got bfloat16 [96], expected bfloat16 [num_tokens, hidden_size]"),
     ("bf16", "hidden_states", zeros(T, 80, dtype=BF16), "hidden_size=80, expected a positive multiple of 32"),
     ("bf16", "hidden_states", zeros(T, 0, dtype=BF16), "hidden_size=0, expected a positive multiple of 32"),
+    ("bf16", "hidden_states", zeros(1, 1, dtype=BF16).expand(T, 1 << 17), "hidden_size=131072, expected a positive multiple "
+     "of 32, at most 131040"),
     ("bf16", "hidden_states", zeros(T, 64, dtype=BF16), "hidden_size=64, expected hidden_size=96 as in gemm1_weights"),
     ("nvfp4", "hidden_states", twice(1), "and gemm2_weights [4, 96, 32] (unpacked? nvfp4 has two e2m1 codes"),
     ("bf16", "gemm1_weights", twice(2), "got uint8 [4, 128, 96], expected uint8 [local_num_experts=4, 2*intermediate_"

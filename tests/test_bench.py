@@ -98,7 +98,10 @@ def test_wrong_result_is_not_timed(tiny, monkeypatch, capsys):
     "options, message",
     [
         ("--shape gpt-5", "gpt-5.*expected one of.*gpt-oss-120b"),
-        ("--tokens many", "invalid literal"),
+        ("--tokens many", "--tokens: got 'many', expected numbers from 1 on, several with commas"),
+        ("--device meta", "--device: got meta, expected cpu"),
+        ("--plot /no/such/x.png", "--plot: got /no/such/x.png, expected a file in a folder that there is"),
+        ("--save /no/such/x.json", "--save: got /no/such/x.json, expected a file in a folder"),
         ("--stages --device cpu", "--stages needs a CUDA device"),
         ("--mode bf16-mxfp4,int8-int4", "--mode: got int8-int4, expected all or some of bf16-mxfp4"),
     ],

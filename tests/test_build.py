@@ -114,6 +114,20 @@ def test_a_part_of_a_target_is_built_into_another_folder(tmp_path, monkeypatch, 
     assert compiled == ["moe_nvfp4_sm90a.so"]
 
 
+def test_records_of_another_folder_are_chosen_from(tmp_path, monkeypatch, capsys):
+    """--records: an empty folder leaves the hand-chosen configurations, where schedules/ have changed one."""
+    sm90a, seen = build.CUDA_TARGETS["sm90a"], []
+    monkeypatch.setattr(build, "build_cuda", lambda target, folder: seen.append(target) or ({}, []))
+    for options in ([], ["--records", str(tmp_path / "records")]):
+        build.main(["--target", "sm90a", "--out", str(tmp_path), *options])
+    shipped, by_hand = (build.shipped_variants(target, WeightFormat.nvfp4) for target in seen)
+    assert shipped != by_hand == sm90a.build.variants(WeightFormat.nvfp4)
+    for wrong in (["--target", "host"], ["--target", "sm90a", "--verified", "measured"]):
+        with pytest.raises(SystemExit):
+            build.main([*wrong, "--records", str(tmp_path), "--out", str(tmp_path)])
+        assert "--records: got a folder, expected none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weight_format", WeightFormat)
 def test_limits_are_the_targets_own_until_they_are_measured(weight_format, tmp_path, monkeypatch):
     tiles = [variant.tile_m for variant in build.shipped_variants(SM120A, weight_format)]

@@ -2,6 +2,7 @@
 """What ``python -m tvmmoe.info`` prints: the report, selections for this and other machines, one-line errors."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import tvmmoe
 from tvmmoe import info, shapes
+from tvmmoe.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from tvmmoe.loader import Manifest, manifest
 from tvmmoe.select import targets_of
 from tvmmoe.testing import Case, make_case
@@ -67,6 +69,25 @@ def test_selection_on_this_cpu_is_what_the_operator_takes(capsys):
         assert row["workspace_bytes"] == tvmmoe.workspace_bytes(row["num_tokens"], 2880, 2880, 32, 4)
 
 
+@pytest.mark.parametrize("change, error, message", [
+    (dict(activation_format="fp8"), ArgumentError, "activation_format: got 'fp8', expected bf16 or mxfp8 or nvfp4"),
+    (dict(weight_format="nvfp8"), ArgumentError, "weight_format: got 'nvfp8', expected mxfp4 or nvfp4"),
+    (dict(activation_format="mxfp8", weight_format="nvfp4"), UnsupportedError, "weight_format: got nvfp4 with mxfp8"),
+    (dict(num_tokens=-4), ArgumentError, "num_tokens: got -4, expected 0 or more"),
+    (dict(num_tokens=4.0), DtypeError, "num_tokens: got float 4.0, expected int"),
+    (dict(num_tokens=65537), ArgumentError, "hidden_states: got bfloat16 [65537, 2880], expected at most 65536 tokens"),
+    (dict(hidden_size=2049), ShapeError, "hidden_size=2049, expected a positive multiple of 32"),
+    (dict(intermediate_size=100), ArgumentError, "intermediate_size: got 100, expected a multiple of 32"),
+    (dict(num_experts=0), ArgumentError, "num_experts: got 0, expected 1 ... 1024"),
+    (dict(top_k=33), ArgumentError, "top_k: got 33, expected 1 ... min(32, num_experts)=32"),
+    (dict(local_num_experts=33), ArgumentError, "local_num_experts: got 33, expected 1 ... num_experts=32"),
+])  # fmt: skip
+def test_workspace_of_a_call_that_is_refused(change, error, message):
+    sizes = dict(num_tokens=4, hidden_size=2880, intermediate_size=2880, num_experts=32, top_k=4)
+    with pytest.raises(error, match=re.escape(message)):
+        tvmmoe.workspace_bytes(**sizes | change)
+
+
 @pytest.mark.parametrize("mode", [("bf16", "mxfp4"), ("mxfp8", "mxfp4"), ("bf16", "nvfp4"), ("nvfp4", "nvfp4")])
 def test_selection_for_a_hopper_needs_none(mode, capsys):
     argv = ["--tokens", "1,1024", *GPT_OSS_20B, "--target", "sm90a", "--activation", mode[0], "--weights", mode[1]]
@@ -114,8 +135,8 @@ def test_problem_is_that_of_a_real_call(formats):
         ([*GPT_OSS_20B, "--hidden-size", "2890"], "hidden_states: got bfloat16 [1, 2890], hidden_size=2890, "),
         ([*GPT_OSS_20B, "--hidden-size", "-64"], "--hidden-size: expected at least 1"),
         ([*GPT_OSS_20B, "--local-num-experts", "33"], "local_num_experts: got 33, expected 1 ... "),
-        ([*GPT_OSS_20B, "--tokens", "-1"], "--tokens: got -1, expected at least 0"),
-        ([*GPT_OSS_20B, "--tokens", "x"], "invalid literal for int()"),
+        ([*GPT_OSS_20B, "--tokens", "-1"], "--tokens: got -1, expected numbers from 0 on"),
+        ([*GPT_OSS_20B, "--tokens", "x"], "--tokens: got x, expected numbers from 0 on, several with commas"),
         ([*GPT_OSS_20B, "--target", "sm75"], "--target: got sm75, expected one of sm"),
         ([*GPT_OSS_20B, "--activation", "mxfp8", "--weights", "nvfp4"], "gemm1_weights_scale: got uint8 "),
         ([*GPT_OSS_20B, "--device", "meta"], "no bf16 x mxfp4 artifact for meta on "),

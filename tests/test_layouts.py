@@ -233,15 +233,16 @@ def test_gate_up_orders(dtype, tail):
         x = x[:, : 2 * half]
     up, gate = x[:, :half], x[:, half:]
     gate_up = torch.cat((gate.view(U8), up.view(U8)), 1).view(dtype) if tail else torch.cat((gate, up), 1)
-    swapped = layouts.swap_gate_up(x)
+    given = {} if tail or dtype == torch.float32 else dict(dim=1)  # rows of one expert otherwise
+    swapped = layouts.swap_gate_up(x, **given)
     assert swapped.dtype == dtype and torch.equal(swapped.view(U8), gate_up.view(U8))
-    assert torch.equal(layouts.swap_gate_up(swapped).view(U8), x.view(U8))
-    mixed = layouts.interleave_gate_up(x)
+    assert torch.equal(layouts.swap_gate_up(swapped, **given).view(U8), x.view(U8))
+    mixed = layouts.interleave_gate_up(x, **given)
     assert mixed.dtype == dtype and mixed.shape == x.shape
     for i in range(half):
         assert torch.equal(mixed[:, 2 * i].contiguous().view(U8), gate[:, i].contiguous().view(U8))
         assert torch.equal(mixed[:, 2 * i + 1].contiguous().view(U8), up[:, i].contiguous().view(U8))
-    assert torch.equal(layouts.deinterleave_gate_up(mixed).view(U8), x.view(U8))
+    assert torch.equal(layouts.deinterleave_gate_up(mixed, **given).view(U8), x.view(U8))
 
 
 def test_gate_up_orders_by_number():
@@ -312,6 +313,13 @@ ERRORS = {
     "unshuffle rows": (lambda: layouts.unshuffle_rows(W[:, :40], False), ShapeError, "x: got uint8 [2, 40, 64]"),
     "shuffle list": (lambda: layouts.shuffle_rows([1], True), DtypeError, "x: got list, expected a tensor"),
     "dimension": (lambda: layouts.swap_gate_up(B[0]), ShapeError, "x: got float32 [128], expected rows in dimension 1"),
+    "swap one expert": (
+        lambda: layouts.swap_gate_up(W[0]),
+        ShapeError,
+        "x: got uint8 [128, 64], expected [local_num_experts, rows, columns], or dim=0 for the rows of one expert",
+    ),
+    "interleave one expert": (lambda: layouts.interleave_gate_up(S[0]), ShapeError, "x: got uint8 [128, 8], expected [local"),
+    "deinterleave one": (lambda: layouts.deinterleave_gate_up(W[0]), ShapeError, "x: got uint8 [128, 64], expected [local"),
     "swap odd": (
         lambda: layouts.swap_gate_up(B[:, :5]),
         ShapeError,

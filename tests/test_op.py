@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import tvmmoe
-from tvmmoe import ActivationType, reference
+from tvmmoe import ActivationType, reference, relaunch, torch_op
 from tvmmoe import RoutingMethodType as Method
 from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import WeightFormat as W
+from tvmmoe.refusals import ALIGNMENT
 from tvmmoe.testing import Case, expert_slice, make_case, rel_l2
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -36,6 +37,9 @@ ROUTES = {
                    routing_bias_dtype=torch.float32),
     "grouped_bf16_bias": dict(routing_method=Method.DeepSeekV3, top_k=8, n_group=4, topk_group=2,
                               routing_bias_dtype=torch.bfloat16, logits_dtype=torch.bfloat16),
+    "one_group": dict(routing_method=Method.DeepSeekV3, top_k=8, routing_bias_dtype=torch.bfloat16),
+    "scaled": dict(routing_method=Method.MiniMax2, top_k=8, routed_scaling_factor=2.5, routing_bias_dtype=torch.float32),
+    "not_normalised": dict(routing_method=Method.SigmoidRenorm, top_k=8, norm_topk_prob=False),
 }  # fmt: skip
 
 
@@ -199,6 +203,102 @@ def test_threads_do_not_change_bits(num_threads):
         assert torch.equal(tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0], expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_as_many_threads_as_torch_has(monkeypatch):
+    import tvm_ffi
+
+    kwargs, seen, selected, before = make_case(num_tokens=4), [], torch_op.selected_plan, torch.get_num_threads()
+    spy = tvm_ffi.convert(lambda num_threads: seen.append(num_threads))
+    monkeypatch.setattr(torch_op, "selected_plan", lambda problem: selected(problem)._replace(set_num_threads=spy))
+    relaunch.forget()
+    try:
+        for num_threads in (3, 2, 2):  # validated, and as a known call
+            torch.set_num_threads(num_threads)
+            tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    finally:
+        torch.set_num_threads(before)
+        relaunch.forget()
+    assert seen == [3, 2, 2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_tokens", [1, 9, 300])
+@pytest.mark.parametrize("mode", MODES)
+def test_zeros_make_zeros(mode, num_tokens, device):
+    """A row of zeros has scales of 0, by which FlashInfer's producers divide."""
+    kwargs = make_case(num_tokens=num_tokens, **MODES[mode], device=device)
+    for name in ("hidden_states", "hidden_states_scale", "per_token_scale"):
+        if kwargs[name] is not None:
+            kwargs[name].view(torch.uint8).zero_()
+    assert not tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0].any()
+
+
+def at_least_alignment(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    """A copy at an address that is a multiple of ``alignment`` and of no more."""
+    buffer = torch.empty(tensor.nbytes + 4 * alignment, dtype=torch.uint8, device=tensor.device)
+    start = -buffer.data_ptr() % (2 * alignment) + alignment
+    buffer[start:][: tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+    return buffer[start:][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_tokens", [1, 9, 300])
+@pytest.mark.parametrize("mode", MODES)
+def test_least_alignment_that_validation_accepts(mode, num_tokens, device):
+    options = dict(has_gemm1_bias=True, has_gemm2_bias=True, alpha=1.7, beta=1.0, clamp_limit=2.0, has_output_scales=True)
+    options |= dict(routing_method=Method.MiniMax2, routing_bias_dtype=torch.bfloat16, logits_dtype=torch.bfloat16)
+    kwargs = make_case(num_tokens=num_tokens, num_experts=9, **MODES[mode], **options, device=device)
+    moved = {
+        name: at_least_alignment(value, ALIGNMENT.get(name, value.element_size())) if torch.is_tensor(value) else value
+        for name, value in kwargs.items()
+    }
+    assert torch.equal(tvmmoe.trtllm_fp4_block_scale_moe(**moved)[0], tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 4, 12, 200, 1100])
+@pytest.mark.parametrize("mode", MODES)
+def test_programmatic_launches_change_no_bit(mode, num_tokens):
+    """Kernels that begin before the one in front of them has ended read nothing too early."""
+    kwargs = make_case(num_tokens=num_tokens, hidden_size=512, intermediate_size=256, num_experts=32, top_k=4,
+                       **MODES[mode], device="cuda")  # fmt: skip
+    runs = [tvmmoe.trtllm_fp4_block_scale_moe(**kwargs, enable_pdl=flag)[0] for flag in (False, True) for _ in range(20)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.gpu
+def test_most_tokens():
+    """Operands and results of more than 2^31 bytes; each part of the tokens alone gives what it has in the whole."""
+    num_tokens, part = 65536, 8192
+    kwargs = make_case(num_tokens=num_tokens, hidden_size=4096, intermediate_size=128, num_experts=8, top_k=8, device="cuda")
+    (whole,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    for start in (0, num_tokens // 2, num_tokens - part):
+        some = {name: kwargs[name][start : start + part] for name in ("hidden_states", "routing_logits")}
+        (alone,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs | some)
+        assert rel_l2(whole[start : start + part], alone) <= 1e-3
+
+
+@pytest.fixture
+def baseline_cpu(monkeypatch):
+    """This CPU without AVX2."""
+    torch_op.selected_plan.cache_clear()
+    relaunch.forget()
+    monkeypatch.setattr(torch_op, "targets_of", lambda device: ("x86-64",))
+    yield
+    torch_op.selected_plan.cache_clear()
+    relaunch.forget()
+
+
+@pytest.mark.parametrize("shape", ["one_token", "tails", "tile_16", "options"])
+@pytest.mark.parametrize("mode", MODES)
+def test_baseline_artifact_matches_reference(mode, shape, baseline_cpu):
+    check(Case(**MODES[mode], **SHAPES[shape]))
+
+
+@pytest.mark.parametrize("activation", [ActivationType.Geglu, ActivationType.Relu2, ActivationType.Identity])
+def test_baseline_artifact_has_every_activation(activation, baseline_cpu):
+    check(Case(num_tokens=6, activation=activation, has_gemm1_bias=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

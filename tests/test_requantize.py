@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tvmmoe import abi
-from tvmmoe.config import ActivationFormat
+from tvmmoe import abi, numerics
+from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.kernels.sm90a import layout
+from tvmmoe.kernels.sm120a import layout as blackwell
 from tvmmoe.reference import requantize_ref
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="needs tvm to build kernels")
 
 SYMBOL, TILE_M = "requantize_moe_m8", 8
 SIZES = dict(num_tokens=64, top_k=1, hidden_size=128, intermediate_size=1120, local_num_experts=4)
+ALL_LOCAL = dict(num_experts=SIZES["local_num_experts"])
 ROWS = torch.tensor([8, 8, 3, 1, 8, 5, 8])  # of each live tile; the list has room for more
 MXFP8, NVFP4 = ActivationFormat.mxfp8, ActivationFormat.nvfp4
 MODES = {"mxfp8": (MXFP8, False), "nvfp4": (NVFP4, False), "nvfp4_per_token": (NVFP4, True)}
@@ -34,11 +36,11 @@ def kernel_alone(symbol: str, emit: Callable[[Any], None], path: Path) -> Callab
     import tvm_ffi
 
     from tvmmoe.kernels.sm90a import build, simulate
+    from tvmmoe.kernels.sm90a.call import Arguments, host_function
     from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
     from tvmmoe.kernels.sm120a.simulate import compile_so
-    from tvmmoe.tuning.sm90a import host_function
 
-    make = {symbol: lambda: host_function(symbol, TILE_M, LAUNCH_PARAMS, emit)}
+    make = {symbol: lambda: host_function(symbol, LAUNCH_PARAMS, lambda: Arguments(TILE_M, layout.slices), emit)}
     compile_so(simulate.host_source(build.packed_source(make)), path)
     return tvm_ffi.load_module(str(path))[symbol]
 
@@ -74,7 +76,7 @@ def run(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]
     piece("num_tiles", torch.int32).fill_(len(ROWS))
     piece("tile_rows", torch.int32)[: len(ROWS)] = ROWS
     before = operand.clone()
-    ints = [SIZES.get(name, 0) for name in abi.INTS]
+    ints = [(SIZES | ALL_LOCAL).get(name, 0) for name in abi.INTS]
     simulated(mode, folder)(workspace, *[0] * len(abi.POINTERS), *ints, 1.0)
     live = live_rows()
     dead = torch.ones(len(operand), dtype=torch.bool)
@@ -112,6 +114,67 @@ def blocks_of_one_exponent(generator: torch.Generator, shape) -> torch.Tensor:
 
 
 INPUTS = {f.__name__: f for f in (patterns, near_ties, blocks_of_one_exponent)}
+
+
+@functools.cache
+def simulated_on_blackwell(weight_format: WeightFormat, folder):
+    """The kernel that sm120a and sm100a share."""
+    import tvm_ffi
+
+    from tvmmoe.kernels.sm120a import build, operator, simulate
+    from tvmmoe.kernels.sm120a.requantize import requantize
+
+    config, path = operator.config(weight_format, TILE_M), folder / f"blackwell_{weight_format.name}.so"
+    make = {SYMBOL: lambda: operator.function_of(SYMBOL, config, lambda a: requantize(a, weight_format, TILE_M))}
+    simulate.compile_so(simulate.host_source(build.packed_source(make)), path)
+    return tvm_ffi.load_module(str(path))[SYMBOL]
+
+
+def run_on_blackwell(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`run` returns: codes and block scales of their own, decoded."""
+    form, is_per_token = MODES[mode]
+    weight_format = WeightFormat.mxfp4 if form is MXFP8 else WeightFormat.nvfp4
+    slices, num_bytes = blackwell.slices(*SIZES.values(), TILE_M, weight_format)
+    workspace = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+    def piece(name, dtype):
+        offset, count = slices[name]
+        return workspace[offset : offset + count].view(dtype)
+
+    width, block = z.shape[1], weight_format.block_size
+    piece("z", torch.bfloat16)[: z.numel()] = z.flatten()
+    piece("num_tiles", torch.int32).fill_(len(ROWS))
+    piece("tile_rows", torch.int32)[: len(ROWS)] = ROWS
+    pointers = dict.fromkeys(abi.POINTERS, 0) | {"per_token_scale": workspace.data_ptr() if is_per_token else 0}
+    ints = [(SIZES | ALL_LOCAL).get(name, 0) for name in abi.INTS]
+    simulated_on_blackwell(weight_format, folder)(workspace, *pointers.values(), *ints, 1.0)
+    live, per_byte = live_rows(), 1 if form is MXFP8 else 2
+    codes = piece("z_value", torch.uint8).view(-1, width // per_byte)[: len(z)][live]
+    scales = piece("z_scale", torch.uint8).view(-1, width // block)[: len(z)][live]
+    if form is MXFP8:
+        values = numerics.dequantize_mxfp8(codes.view(torch.float8_e4m3fn), scales)
+    else:
+        values = numerics.dequantize_nvfp4(codes, scales)
+    return values, piece("row_scale", torch.float32)[: len(z)][live]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_blackwells_matches_reference_bit_for_bit(kind, mode, folder):
+    """Also where a block or a row is zeros, or has a NaN: of codes that 0 / 0 would make, whole operators show little."""
+    form, is_per_token = MODES[mode]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        z = INPUTS[kind](generator, (len(ROWS) * TILE_M, SIZES["intermediate_size"]))
+        z[1], z[2, 16:64] = 0, 0
+        if seed == 2:
+            z[0, 37] = float("nan")
+        values, row_scale = run_on_blackwell(mode, z, folder)
+        expected, expected_scale = requantize_ref(z[live_rows()].float(), form, is_per_token=is_per_token)
+        assert torch.equal(values.isnan(), expected.isnan())
+        assert torch.equal(values.nan_to_num(), expected.nan_to_num())
+        if is_per_token:
+            assert torch.equal(row_scale.nan_to_num(), expected_scale.nan_to_num())
 
 
 @pytest.mark.parametrize("mode", MODES)

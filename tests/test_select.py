@@ -232,4 +232,6 @@ def test_workspace_is_that_of_the_target(target, num_tokens):
     sizes = (p.num_tokens, p.top_k, p.hidden_size, p.intermediate_size, p.local_num_experts)
     entry = next(e for e in made_up(**{target: "measured"}).entries if e.tile_m == 64)
     extra = (p.weight_format,) if target == "sm120a" else ()
-    assert torch_op.entry_workspace_bytes(p, entry) == layout.slices(*sizes, 64, *extra)[1]
+    pieces, _ = layout.slices(*sizes, 64, *extra)
+    last = max(pieces.values(), key=lambda piece: piece.offset)
+    assert 0 <= torch_op.entry_workspace_bytes(p, entry) - (last.offset + last.num_bytes) < 128

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from test_sm120a import (
+    EMULATED_IDS,
     FORMAT,
     MX,
     PER_TOKEN,
     SIMULATED,
     SMALL,
     call_arguments,
+    check_operator,
     workspace_with_tiles,
 )
 
@@ -30,7 +32,7 @@ from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import WeightFormat
 from tvmmoe.kernels.sm100a import descriptors as desc
 from tvmmoe.reference import moe_ref
-from tvmmoe.testing import Case, make_case, rel_l2
+from tvmmoe.testing import Case, make_case, rel_l2, skip_unless_arch
 from tvmmoe.workspace import max_num_tiles
 
 HAS_TVM = importlib.util.find_spec("tvm") is not None
@@ -338,6 +340,18 @@ class TestSimulatedKernels:
         simulate.compile_so(simulate.host_source(cuda), path)
         done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True)
         assert message in done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ on the chip
+
+
+@pytest.mark.parametrize("tile_m", TILES)
+@pytest.mark.parametrize("weight_format, name", EMULATED_IDS)
+class TestShippedOperator:
+    pytestmark = [pytest.mark.gpu, skip_unless_arch("sm100a")]
+
+    def test_shipped_operator_matches_reference(self, weight_format, name, tile_m, folder):
+        check_operator(f"moe_{weight_format.name}_sm100a", weight_format, name, tile_m, folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- compiled

@@ -193,7 +193,7 @@ SIMULATED = {  # tails in K and in rows, scale rows that start anywhere, every e
     "k_tails": dict(hidden_size=288, intermediate_size=160),
     "smallest": dict(hidden_size=32, intermediate_size=32),
     "options": OPTIONS,
-    "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True, hidden_size=96),
+    "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True, hidden_size=96, alpha=1.702),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=96, has_gemm1_bias=True),
     "identity": dict(activation=ActivationType.Identity, intermediate_size=224),
     "experts_1_to_2": dict(local_expert_offset=1, local_num_experts=2),

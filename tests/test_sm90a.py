@@ -17,7 +17,7 @@ from tvmmoe.config import ActivationFormat as A
 from tvmmoe.config import ActivationType, WeightFormat
 from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels.sm90a import layout
-from tvmmoe.reference import moe_ref, permute_ref
+from tvmmoe.reference import moe_ref, permute_ref, route_ref
 from tvmmoe.testing import Case, make_case, poison, rel_l2, skip_unless_arch
 from tvmmoe.workspace import Slice, max_num_tiles
 
@@ -49,13 +49,14 @@ CASES = {
     # Rows of scales are whole pieces of 16 bytes, three of mxfp4
     "held_scales": dict(num_tokens=300, hidden_size=1536, num_experts=4, top_k=2),
     "held_scales_ungated": dict(num_tokens=200, hidden_size=1536, num_experts=4, top_k=2, activation=ActivationType.Relu2),
-    "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True),
+    "geglu": dict(activation=ActivationType.Geglu, has_gemm1_bias=True, alpha=1.702),
     "relu2": dict(activation=ActivationType.Relu2, intermediate_size=416, has_gemm1_bias=True),
     "identity": dict(activation=ActivationType.Identity, intermediate_size=224),
     "ungated_odd_scale_rows": dict(activation=ActivationType.Relu2, hidden_size=1056, num_experts=4),
     "experts_5_to_11": dict(local_expert_offset=5, local_num_experts=7),
     "one_expert": dict(num_tokens=300, routing="one_expert"),
     "empty_expert": dict(routing="empty_expert"),
+    "empty_expert_of_a_rank": dict(routing="empty_expert", local_expert_offset=2, local_num_experts=6),
     "chunks_of_pairs": dict(num_tokens=1100, num_experts=32, top_k=8, hidden_size=64, intermediate_size=64),
     # More than 1024 columns are for the other gemm2 of 8 and 16 tokens.
     "mxfp8": dict(activation_format=A.mxfp8, hidden_size=288, intermediate_size=1056),
@@ -336,6 +337,69 @@ def test_simulated_variant_matches_reference(name, case_name, folder):
 def test_simulated_pair_matches_reference(name, case_name, folder):
     """CTA after CTA, so what one waits for must not be left to another."""
     check_simulated(name, BASE, FEW_TOKENS[case_name], folder, is_zero=case_name == "none_ours")
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("name", ["m8", "m8_nvfp4", "ks_2", "widths", "held_2", "held_4", "cluster"])
+def test_simulated_every_scale(name, folder):
+    from test_sm80 import check_every_scale
+
+    weight_format, tile_m, early = SIMULATED[name]
+    check_every_scale(simulated(weight_format, tile_m, early, folder), weight_format, tile_m, "cpu")
+
+
+@pytest.mark.parametrize("tile_m", TILES)
+@pytest.mark.parametrize("weight_format", WeightFormat)
+class TestScales:
+    pytestmark = on_hopper
+
+    def test_every_scale(self, weight_format, tile_m):
+        from test_sm80 import check_every_scale
+
+        check_every_scale(entry(weight_format, tile_m), weight_format, tile_m, "cuda")
+
+
+# Of up to four tokens gemm_pair routes, of up to 16 prologue, of more route: rows of hard_logits that fit each.
+HARD_ROWS = {"pair": [1, 3, 4, 10], "prologue": [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16], "route": list(range(30))}
+
+
+def check_hard_routes(logits: torch.Tensor, bias: torch.Tensor | None, options: dict, device: str, function=None) -> None:
+    """Ids and weights of 8 columns' kernels are those of the reference, bit for bit, any NaN like any other."""
+    from test_cpu_stages import same
+
+    sizes = dict(num_tokens=len(logits), num_experts=logits.shape[1], top_k=options["top_k"], local_num_experts=1)
+    case = Case(**vars(BASE) | sizes | dict(hidden_size=32, intermediate_size=32))
+    kwargs = make_case(case) | dict(n_group=None, topk_group=None, routed_scaling_factor=None, norm_topk_prob=True)
+    kwargs |= dict(routing_logits=logits, routing_bias=bias) | options
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    _, weights, _, ids = call(case, given, 8, do_finalize=False, function=function)
+    expected_ids, expected_weights = route_ref(logits, bias, **options)
+    assert torch.equal(ids.cpu().int(), expected_ids) and same(weights.cpu(), expected_weights)
+
+
+def hard_routes() -> list:
+    """Parameters: names of a route of the CPU's stages and of the rows it routes."""
+    stages = pytest.importorskip("test_cpu_stages")
+    return [(route, rows) for route in stages.ROUTES if stages.ROUTES[route]["top_k"] <= 32 for rows in HARD_ROWS]
+
+
+def hard_inputs(route: str, rows: str, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None):
+    from test_cpu_stages import NUM_EXPERTS, hard_logits
+
+    logits = hard_logits(NUM_EXPERTS.get(route, 48))[HARD_ROWS[rows]].to(logits_dtype)
+    bias = 0.1 * torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(1))
+    return logits, None if bias_dtype is None else bias.to(bias_dtype)
+
+
+@pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("route, rows", hard_routes() if HAS_TVM else [])
+def test_simulated_hard_logits(route, rows, logits_dtype, bias_dtype, folder):
+    from test_cpu_stages import ROUTES as ALL_ROUTES
+
+    logits, bias = hard_inputs(route, rows, logits_dtype, bias_dtype)
+    check_hard_routes(logits, bias, ALL_ROUTES[route], "cpu", simulated(MX, 8, False, folder))
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")

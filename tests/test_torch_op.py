@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered op under torch.library's own checks, torch.compile, streams, devices and CUDA graphs."""
 
+import contextlib
 import dataclasses
+import enum
 import inspect
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tvmmoe
 from tvmmoe import torch_op
 from tvmmoe.config import ActivationFormat as A
+from tvmmoe.config import ActivationType
 from tvmmoe.config import WeightFormat as W
+from tvmmoe.errors import DtypeError, UnsupportedError
 from tvmmoe.testing import make_case, poison
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -73,6 +80,67 @@ def test_compiled_once_for_two_sizes(device):
     for num_tokens in (5, 9, 17):
         kwargs = make_case(num_tokens=num_tokens, device=device)
         assert torch.equal(layer(**kwargs), tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_known", [False, True], ids=["first", "known"])
+def test_what_traces_without_dynamo_sees_the_op(is_known, device):
+    """make_fx and torch.jit.trace record what the dispatcher sees: of an eager call that would be uninitialised memory."""
+    kwargs = make_case(num_tokens=5 + is_known, hidden_size=160, device=device)
+    if is_known:
+        tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+
+    def layer(hidden_states):
+        return tvmmoe.trtllm_fp4_block_scale_moe(**kwargs | dict(hidden_states=hidden_states))[0]
+
+    graphs = make_fx(layer)(kwargs["hidden_states"]), torch.jit.trace(layer, (kwargs["hidden_states"],), check_trace=False)
+    other = kwargs["hidden_states"].flip(0)
+    expected = layer(other)
+    assert all(torch.equal(graph(other), expected) for graph in graphs)
+
+
+@pytest.mark.parametrize("is_inside", [True, False], ids=["in_its_mode", "outside"])
+def test_fake_tensors_give_fake_results(is_inside):
+    kwargs, mode = make_case(num_tokens=5), FakeTensorMode(allow_non_fake_inputs=True)
+    kwargs["hidden_states"] = mode.from_tensor(kwargs["hidden_states"])
+    with mode if is_inside else contextlib.nullcontext():
+        (result,) = tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)
+    assert isinstance(result, FakeTensor) and result.shape == (5, 128) and result.dtype == torch.bfloat16
+
+
+def test_results_have_no_gradients_whatever_requires_them():
+    """Eager and compiled: a layer whose router is trained elsewhere runs forward, without torch.no_grad."""
+    kwargs = make_case(num_tokens=5)
+    router = torch.nn.Linear(128, 8)
+
+    def layer(x):
+        logits = router(x.float())
+        return tvmmoe.trtllm_fp4_block_scale_moe(**kwargs | dict(hidden_states=x, routing_logits=logits))[0]
+
+    eager, compiled = layer(kwargs["hidden_states"]), torch.compile(layer, backend="aot_eager")(kwargs["hidden_states"])
+    assert torch.equal(eager, compiled) and not eager.requires_grad and not compiled.requires_grad
+
+
+class ForeignActivation(enum.IntEnum):
+    SwigluStep = 7  # Identity is this number here
+
+
+class ForeignMethod(enum.IntEnum):
+    Custom = 6
+
+
+@pytest.mark.parametrize("argument, value, message", [
+    ("activation_type", ForeignActivation.SwigluStep, "activation_type: got 7 (SwigluStep)"),
+    ("routing_method_type", ForeignMethod.Custom, "routing_method_type: got 6 (Custom)"),
+    ("top_k", True, "top_k: got bool"),
+])  # fmt: skip
+def test_traced_calls_refuse_what_eager_ones_refuse(argument, value, message):
+    kwargs = make_case(num_tokens=5, activation=ActivationType.Identity) | {argument: value}
+    for call in (tvmmoe.trtllm_fp4_block_scale_moe, torch_op.traced):
+        with pytest.raises((UnsupportedError, DtypeError), match=re.escape(message)):
+            call(**DEFAULTS | kwargs)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda: tvmmoe.trtllm_fp4_block_scale_moe(**kwargs)[0], fullgraph=True, backend="aot_eager")()
 
 
 def check_on_streams(cases, rounds: int) -> None:

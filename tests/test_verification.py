@@ -3,12 +3,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import verification
+
+from tvmmoe import loader
 
 FILES = {
     "sm90a/a.so": dict(target="sm90a", verified="measured"),
@@ -63,6 +66,13 @@ def test_target_without_files_is_passed_over():
     assert verification.changes(suite, True, ("sm100a", "sm80"), files) == {"sm80/a.so": "measured"}
 
 
+def test_every_target_has_gpu_tests_of_its_own():
+    """Without them no run would ever call its files measured."""
+    for target in {record["target"] for record in loader.manifest().files.values() if record["target"].startswith("sm")}:
+        text = Path(__file__).with_name(f"test_{target}.py").read_text()
+        assert re.search(r"pytestmark = .*(gpu|on_hopper)|@pytest\.mark\.gpu", text), target
+
+
 CONFTEST = """
 import sys
 from pathlib import Path
@@ -74,37 +84,28 @@ torch.cuda.get_device_name = lambda device=None: "NVIDIA GB10"
 exec(Path({tests!r}, "conftest.py").read_text())
 """
 TEST = """
-import sys
-import torch
-torch.cuda.is_available = lambda: True
-torch.cuda.current_device = lambda: 0
-torch.cuda.get_device_capability = lambda device=None: (12, 1)
-torch.cuda.get_device_name = lambda device=None: "NVIDIA GB10"
-sys.path.insert(0, {tests!r})
-sys.modules.pop("conftest", None)
-import runpy
-globals().update({{k: v for k, v in runpy.run_path({tests!r} + "/conftest.py").items() if not k.startswith("__")}})
-"""
-TEST = """
 import os
 import pytest
 @pytest.mark.gpu
 @pytest.mark.parametrize("x", [1, 2])
 def test_one(x):
     assert os.environ["TVMMOE_ALLOW_UNVERIFIED"] == "1"
+    if x == {skipped}:
+        pytest.skip("not built")
     assert x < {limit}
 """
 
 
-@pytest.mark.parametrize(
-    "limit, options, is_printed", [(3, [], True), (2, [], False), (3, ["-k", "not 1"], False), (3, ["test_op.py"], False)]
-)
-def test_summary_of_a_run(limit, options, is_printed, tmp_path):
+@pytest.mark.parametrize("limit, skipped, options, is_printed", [
+    (3, 0, [], True), (2, 0, [], False), (3, 2, [], False), (3, 0, ["-k", "not 1"], False), (3, 0, ["test_op.py"], False),
+])  # fmt: skip
+def test_summary_of_a_run(limit, skipped, options, is_printed, tmp_path):
     folder = Path(__file__).parent
     (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(folder)))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
     for name in ("test_op.py", "test_torch_op.py", "test_sm120a.py"):
-        (tmp_path / name).write_text(TEST.format(limit=limit if name == "test_op.py" else 3))
+        limits = dict(limit=limit if name == "test_op.py" else 3, skipped=skipped if name == "test_sm120a.py" else 0)
+        (tmp_path / name).write_text(TEST.format(**limits))
     artifacts = tmp_path / "artifacts"
     artifacts.mkdir()
     (artifacts / "manifest.json").write_text(json.dumps(dict(artifact_abi=1, files=FILES, entries=[])))

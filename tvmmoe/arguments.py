@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from tvmmoe import refusals
-from tvmmoe.config import ActivationFormat, ActivationType, Problem, RoutingMethodType, WeightFormat
+from tvmmoe.config import (
+    MAX_EXPERTS,
+    MAX_SIZE,
+    MAX_TOP_K,
+    ActivationFormat,
+    ActivationType,
+    Problem,
+    RoutingMethodType,
+    WeightFormat,
+)
 from tvmmoe.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from tvmmoe.refusals import (
     BF16,
@@ -23,8 +32,6 @@ from tvmmoe.refusals import (
     FLOAT32_MAX,
     FLOATS,
     INT16,
-    MAX_EXPERTS,
-    MAX_TOP_K,
     PACKED,
     SCALE_BYTES,
     SIZE_MULTIPLE,
@@ -191,6 +198,14 @@ def validate(
     if routing_replay_out is not None:
         _check_replay(routing_replay_out, num_tokens, top_k, device, labels)
     is_real = device.type != "meta" and (type(hidden_states) in _PLAIN or has_memory(type(hidden_states)))
+    if is_real:
+        tensors = (
+            routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm1_bias,
+            gemm1_alpha, gemm1_beta, gemm1_clamp_limit, gemm2_weights, gemm2_weights_scale, gemm2_bias, output1_scale_scalar,
+            output1_scale_gate_scalar, output2_scale_scalar, per_token_scale, output, routing_replay_out,
+        )  # fmt: skip
+        if num_tokens and not all(tensor is None or tensor.data_ptr() for tensor in tensors):
+            refusals.refuse_freed(dict(zip(_TENSORS, tensors, strict=True)))
     if is_real and (output is not None or routing_replay_out is not None):
         per_call = (hidden_states, hidden_states_scale, routing_logits, per_token_scale)
         _check_overlap(output, routing_replay_out, per_call)
@@ -206,6 +221,7 @@ def validate(
 
 
 NAMES = tuple(inspect.signature(validate).parameters)
+_TENSORS = tuple(name for name, of in inspect.signature(validate).parameters.items() if "Tensor" in str(of.annotation))
 
 
 def is_alignment_checked(device: torch.device) -> bool:
@@ -237,7 +253,7 @@ def _check_options(
         and top_k <= MAX_TOP_K
         and 1 <= local_num_experts
         and 0 <= local_expert_offset <= num_experts - local_num_experts
-        and intermediate_size > 0
+        and 0 < intermediate_size <= MAX_SIZE
         and intermediate_size % SIZE_MULTIPLE == 0
         and tune_max_num_tokens > 0
         and type(do_finalize) is type(norm_topk_prob) is bool
@@ -306,9 +322,9 @@ def _check_hidden_states(hidden_states: Any) -> tuple[ActivationFormat, int, int
     if form is ActivationFormat.nvfp4:
         hidden_size *= 2
     if num_tokens > MAX_TOKENS:
-        raise ArgumentError(f"hidden_states: got {describe(hidden_states)}, expected at most {MAX_TOKENS} tokens")
-    if hidden_size % SIZE_MULTIPLE or hidden_size == 0:
-        expected = f"expected a positive multiple of {SIZE_MULTIPLE}"
+        raise ArgumentError(f"hidden_states: got {describe(hidden_states)}, expected at most {MAX_TOKENS} tokens a call")
+    if hidden_size % SIZE_MULTIPLE or not 0 < hidden_size <= MAX_SIZE:
+        expected = f"expected a positive multiple of {SIZE_MULTIPLE}, at most {MAX_SIZE}"
         raise ShapeError(f"hidden_states: got {describe(hidden_states)}, hidden_size={hidden_size}, {expected}")
     if not hidden_states.is_contiguous():
         raise ArgumentError(refusals.not_contiguous("hidden_states", hidden_states))

@@ -14,6 +14,7 @@ rounds counts. The result is checked against the float32 reference first. On CUD
 import argparse
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import platform
@@ -427,25 +428,40 @@ def modes_of(names: str) -> list[str]:
     return modes
 
 
+def tokens_of(text: str) -> list[int]:
+    """Type of an option."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers from 1 on, several with commas")
+    return list(map(int, numbers))
+
+
+def device_of(text: str) -> str:
+    """Type of an option: one that is here."""
+    kinds = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
+    if text.split(":")[0] not in kinds:
+        raise argparse.ArgumentTypeError(f"got {text}, expected {' or '.join(kinds)}")
+    return text
+
+
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     """Which cells are timed, on what, and how often."""
     parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-30B-A3B", help=f"all, or several of {', '.join(shapes())}")
-    parser.add_argument("--tokens", default="1,16,128")
+    parser.add_argument("--tokens", type=tokens_of, default="1,16,128")
     mode_help = f"activations-weights: all, or several of {', '.join(MODES)}"
     parser.add_argument("--mode", type=modes_of, default="bf16-mxfp4", help=mode_help)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_of, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--stages", action="store_true", help="per-kernel times (CUDA)")
     return parser
 
 
 def options_of(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Its options, with lists of shapes and of numbers of tokens."""
+    """Its options, with a list of shapes."""
     options = parser.parse_args(argv)
     options.shape = list(shapes()) if options.shape == "all" else options.shape.split(",")
     try:
-        options.tokens = [int(n) for n in options.tokens.split(",")]
         for name in options.shape:
             shape_case(name, 1)
     except ValueError as error:
@@ -464,7 +480,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="time dequantise + torch matmul too")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="written anew after every row")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    return options_of(parser, argv)
+    options = options_of(parser, argv)
+    for name, path in (("--save", options.save), ("--plot", options.plot)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{name}: got {path}, expected a file in a folder that there is")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install '.[bench]'")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,6 +46,7 @@ class CudaTarget:
     has_fp8: bool = False  # one more file, for mxfp8 x mxfp4: build has FP8_FILE, fp8_source and operator_fp8
     tiles: tuple[int, ...] = ()  # the heights that are built, all of them if none is named
     formats: tuple[WeightFormat, ...] = tuple(WeightFormat)
+    records: Path | None = None  # folder of tuning records instead of schedules/
 
     @property
     def build(self) -> ModuleType:
@@ -119,16 +120,16 @@ def selection_rows(
     ]
 
 
-def cpu_functions() -> dict[str, Any]:
-    """What the CPU artifacts are compiled from, with the sizes that the tuning records choose."""
+def cpu_functions(records: Path | None = None) -> dict[str, Any]:
+    """What the CPU artifacts are compiled from, with the sizes that the tuning records choose (default: of schedules/)."""
     from tvmmoe.tuning.cpu import chosen
 
-    return cpu.functions(functools.cache(chosen))
+    return cpu.functions(functools.cache(functools.partial(chosen, root=records)))
 
 
-def build_cpu(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def build_cpu(folder: Path, records: Path | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Both x86-64 levels: file records and selection entries."""
-    compiled = cpu_functions()
+    compiled = cpu_functions(records)
     digest = cpu.tir_sha256(compiled)
     files = {}
     (folder / "cpu").mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ def shipped_variants(target: CudaTarget, weight_format: WeightFormat) -> list[An
     """What ``target.build`` compiles: what the tuning records choose, by hand where there are none."""
     variants = target.build.variants(weight_format)
     if importlib.util.find_spec(f"tvmmoe.tuning.{target.name}") is not None:
-        choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name)
+        choices = importlib.import_module(f"tvmmoe.tuning.{target.name}").chosen(weight_format.name, target.records)
         variants = [type(variants[0])(**configs) for configs in choices.values()]
     return [variant for variant in variants if not target.tiles or variant.tile_m in target.tiles]
 
@@ -283,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verified", choices=VERIFIED, help="compile nothing: note how the files there were verified")
     parser.add_argument("--tiles", help="of a CUDA target, several with commas; with --out")
     parser.add_argument("--weights", help="formats; the same")
+    parser.add_argument("--records", type=Path, help="folder that tvmmoe.tune --out named, instead of schedules/")
     options = parser.parse_args(argv)
     cuda_target = CUDA_TARGETS.get(options.target)
     if options.tiles or options.weights:
@@ -292,10 +294,14 @@ def main(argv: list[str] | None = None) -> None:
             cuda_target = part_of(cuda_target, options.tiles, options.weights)
         except ArgumentError as error:
             parser.error(str(error))
+    if options.records and (options.verified or options.target == "host"):
+        parser.error("--records: got a folder, expected none: nothing is chosen from records")
+    if cuda_target is not None:
+        cuda_target = replace(cuda_target, records=options.records)
     if options.verified:
         files = mark_verified(options.out, options.target, options.verified)
     else:
-        makers = {"cpu": build_cpu, "host": build_host}
+        makers = {"cpu": functools.partial(build_cpu, records=options.records), "host": build_host}
         make = makers.get(options.target) or functools.partial(build_cuda, cuda_target)
         files, entries = make(options.out)
         write_manifest(options.out, files, entries)

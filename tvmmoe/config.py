@@ -6,6 +6,10 @@ from enum import IntEnum
 
 import torch
 
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
+MAX_SIZE = (1 << 17) - 32  # of H and I: scale bytes of an expert have 31 bits
+
 
 class _Named(IntEnum):
     """Enum whose repr evaluates back and says the name, never the number."""

@@ -26,7 +26,7 @@ from tvmmoe.arguments import validate
 from tvmmoe.bench import MODES, check, modes_of, of_tokens, rested_us, rotating, routings, shape_call
 from tvmmoe.errors import ArgumentError, TvmMoeError, UnsupportedError
 from tvmmoe.loader import Entry
-from tvmmoe.select import gpu_name, targets_of
+from tvmmoe.select import cpu_name, gpu_name, targets_of
 from tvmmoe.shapes import shape_case
 
 ROWS = {
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     target = target_of(device)
     gpu = gpu_name(device)
-    name = gpu or f"{torch.get_num_threads()} threads, {target}"
+    name = gpu or f"{cpu_name()}, {torch.get_num_threads()} threads, {target}"
     shapes = options.shape.split(",") if options.shape else SHAPES[device.type]
     try:
         grid = [float(rows) for rows in options.rows.split(",")] if options.rows else ROWS[device.type]

@@ -27,7 +27,7 @@ import tvmmoe
 from tvmmoe import layouts, numerics, torch_op
 from tvmmoe.arguments import validate
 from tvmmoe.baseline import dequantize_matmul
-from tvmmoe.bench import median_us
+from tvmmoe.bench import device_of, median_us, tokens_of
 from tvmmoe.config import ActivationFormat, WeightFormat
 from tvmmoe.errors import TvmMoeError, UnsupportedError
 from tvmmoe.select import gpu_name, targets_of
@@ -235,10 +235,11 @@ def run(name: str, case: Case, num_tokens: list[int]) -> bool:
     sizes = case.hidden_size, case.intermediate_size, case.num_experts, case.top_k
     tvmmoe.workspace_bytes(1, *sizes, **mode, device=case.device)  # no artifact: says so before the work
     case, experts = fitted(case)
+    sizes = f"hidden size {case.hidden_size}, intermediate size {case.intermediate_size}, {experts}, top {case.top_k}"
+    print(f"\n{name}: {sizes}; drawing weights and rounding them to {case.weight_format.name} ...", flush=True)
     layer = make_layer(case)
     kwargs, _ = quantize(layer)
-    print(f"\n{name}: {layer.source}, random weights")
-    print(f"hidden size {case.hidden_size}, intermediate size {case.intermediate_size}, {experts}, top {case.top_k}")
+    print(f"{layer.source}, random weights")
     print(COLUMNS.format(*HEADER), flush=True)
     is_right, bound, dtype = True, BOUND[case.activation_format], fastest_dtype(torch.device(case.device))
     for count in num_tokens:
@@ -260,23 +261,16 @@ def parse(argv: list[str] | None, layers: dict[str, Case]) -> argparse.Namespace
     """Command line, with the chosen ``layers`` in the wanted formats."""
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tvmmoe.demo", description=__doc__, formatter_class=form)
-    parser.add_argument("--layer", choices=(*layers, "all"), help=f"default: {' and '.join(list(layers)[:2])}")
-    parser.add_argument("--tokens", default="1,16,128")
+    names = list(layers)
+    parser.add_argument("--layer", choices=(*names, "all"), help=f"default: {' and '.join(names[:2])}, on a CPU {names[0]}")
+    parser.add_argument("--tokens", type=tokens_of, default="1,16,128")
     parser.add_argument("--activation", default="bf16", choices=[form.name for form in BOUND])
     parser.add_argument("--format", default="mxfp4", choices=[form.name for form in WeightFormat], help="of the weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_of, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    try:
-        kinds = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
-        if torch.device(options.device).type not in kinds:
-            raise ValueError(f"--device: got {options.device}, expected {' or '.join(kinds)}")
-        options.tokens = [int(count) for count in options.tokens.split(",")]
-        if min(options.tokens) < 1:
-            raise ValueError(f"--tokens: got {min(options.tokens)}, expected at least 1")
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error).splitlines()[0])
-    chosen = {None: list(layers)[:2], "all": layers}.get(options.layer, [options.layer])
+    few = names[: 1 if options.device == "cpu" else 2]
+    chosen = {None: few, "all": names}.get(options.layer, [options.layer])
     fields = dict(activation_format=ActivationFormat[options.activation], weight_format=WeightFormat[options.format])
     fields |= dict(device=options.device, seed=options.seed)
     options.layers = {name: dataclasses.replace(layers[name], **fields) for name in chosen}

@@ -154,9 +154,10 @@ def selections(options: argparse.Namespace) -> list[dict[str, Any]]:
     targets, gpu = ((options.target,), "") if options.target else (targets_of(device), gpu_name(device))
     if options.target is not None and options.target not in (shipped := {e.target for e in loader.manifest().entries}):
         raise ValueError(f"--target: got {options.target}, expected one of {', '.join(sorted(shipped))}")
-    tokens = [int(count) for count in (options.tokens or "1,16,128,1024").split(",")]
-    if min(tokens) < 0:
-        raise ValueError(f"--tokens: got {min(tokens)}, expected at least 0")
+    counts = (options.tokens or "1,16,128,1024").split(",")
+    if not all(map(str.isdecimal, counts)):
+        raise ValueError(f"--tokens: got {options.tokens}, expected numbers from 0 on, several with commas")
+    tokens = list(map(int, counts))
     return [selection(dataclasses.replace(case, num_tokens=count), targets, gpu) for count in tokens]
 
 

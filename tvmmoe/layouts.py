@@ -141,8 +141,8 @@ def shuffle_rows(x: torch.Tensor, is_gated: bool, dim: int = 1, epilogue_tile_m:
         Packed weights, linear scales (before :func:`to_128x4`) or a bias; any dtype.
     is_gated, epilogue_tile_m
         See :func:`flashinfer_row_permutation`.
-    dim : int
-        Dimension of the rows.
+    dim : int, optional
+        Dimension of the rows, 1 if not given; of one expert's weights or scales, which look like a bias of all, it must be.
 
     Returns
     -------
@@ -215,15 +215,15 @@ def from_flashinfer(
 # Orders of gate and up
 
 
-def swap_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+def swap_gate_up(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """[gate; up] to [up; gate], or back.
 
     Parameters
     ----------
     x : [E_loc, rows, ...]
         Weights, linear scales or a bias of gemm1; any dtype.
-    dim : int
-        Dimension of the rows.
+    dim : int, optional
+        Dimension of the rows, 1 if not given; of one expert's weights or scales, which look like a bias of all, it must be.
 
     Returns
     -------
@@ -234,20 +234,31 @@ def swap_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     DtypeError, ShapeError
         The number of rows is odd.
     """
+    dim = _rows_of(x, dim)
     half = _check_rows("x", x, dim, 2) // 2
     return _take(x, torch.arange(2 * half).roll(half), dim)
 
 
-def deinterleave_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+def deinterleave_gate_up(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """Interleaved rows, 2i = gate and 2i + 1 = up as in gpt-oss, to [up; gate]; arguments of :func:`swap_gate_up`."""
+    dim = _rows_of(x, dim)
     rows = torch.arange(_check_rows("x", x, dim, 2))
     return _take(x, torch.cat((rows[1::2], rows[0::2])), dim)
 
 
-def interleave_gate_up(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+def interleave_gate_up(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """[up; gate] to interleaved rows, 2i = gate and 2i + 1 = up; inverse of :func:`deinterleave_gate_up`."""
+    dim = _rows_of(x, dim)
     up, gate = torch.arange(_check_rows("x", x, dim, 2)).chunk(2)
     return _take(x, torch.stack((gate, up), dim=1).flatten(), dim)
+
+
+def _rows_of(x: object, dim: int | None) -> int:
+    """Dimension of the rows of gemm1 in ``x``."""
+    if dim is None and isinstance(x, torch.Tensor) and x.dim() == 2 and x.element_size() == 1:
+        expected = "[local_num_experts, rows, columns], or dim=0 for the rows of one expert"
+        raise ShapeError(f"x: got {describe(x)}, expected {expected}")
+    return 1 if dim is None else dim
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:

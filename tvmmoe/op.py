@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public operator, with FlashInfer's documented signature."""
 
+from dataclasses import replace
+
 import torch
 
-from tvmmoe import relaunch, torch_op
-from tvmmoe.arguments import NAMES, validate
-from tvmmoe.config import ActivationFormat, ActivationType, Problem, RoutingMethodType, WeightFormat
+from tvmmoe import refusals, relaunch, torch_op
+from tvmmoe.arguments import MODES, NAMES, validate
+from tvmmoe.config import ActivationFormat, ActivationType, RoutingMethodType, WeightFormat
+from tvmmoe.errors import ArgumentError, UnsupportedError
 
 
 def trtllm_fp4_block_scale_moe(
@@ -82,7 +85,7 @@ def trtllm_fp4_block_scale_moe(
         Factor of gemm1's result, of the gate before its non-linearity, of gemm2's result. Required for nvfp4 activations,
         otherwise None means 1.
     num_experts, top_k : int
-        E <= 1024 and top_k <= 32.
+        E <= 1024 and top_k <= 32. T is at most 65536: split what is longer. H and I are multiples of 32 below 2^17.
     n_group, topk_group : int or None
         Expert groups of DeepSeekV3: top_k is taken inside the topk_group groups with the best sum of two.
     intermediate_size : int
@@ -124,6 +127,8 @@ def trtllm_fp4_block_scale_moe(
 
     Notes
     -----
+    Differentiable in nothing: results have no gradients, whatever requires them. torch.compile, CUDA graphs, fake and meta
+    tensors are fine.
     Source of the maths: FlashInfer's operator of this name; element formats from OCP MX v1.0 and the PTX ISA.
     On sm90a ``TVMMOE_FP8=1``, read at a problem's first call, allows sums of about 13 bits for mxfp8 x mxfp4 from 48 rows an
     expert on (1e-3 to 4.6e-3 off the reference; Qwen3-235B T=1024 651 us for 714, H200). The default decodes exactly to bf16.
@@ -136,12 +141,14 @@ def trtllm_fp4_block_scale_moe(
         routing_method_type, do_finalize, enable_pdl, activation_type, per_token_scale, output, tune_max_num_tokens,
         norm_topk_prob, routing_replay_out,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if torch_op.is_traced():
         return torch_op.traced(**dict(zip(NAMES, call, strict=True)))
     known = relaunch.relaunch(call)
     if known is not None:
         return [known]
     problem = validate(*call)
+    if not refusals.has_memory(type(hidden_states)):  # a FakeTensor without its mode
+        return torch_op.traced(**dict(zip(NAMES, call, strict=True)))
     results = torch_op.launch(problem, dict(zip(NAMES, call, strict=True)))
     relaunch.learn(call, problem, results)
     return results
@@ -162,28 +169,26 @@ def workspace_bytes(
     """Bytes that one call takes from torch's allocator for intermediates, beside its results.
 
     ``activation_format`` is bf16, mxfp8 or nvfp4, ``weight_format`` mxfp4 or nvfp4; ``local_num_experts`` defaults to
-    ``num_experts``. Raises UnsupportedError where no artifact would serve the call.
+    ``num_experts``. Raises what the call would: UnsupportedError where no artifact serves it, ArgumentError, DtypeError or
+    ShapeError for sizes that are none.
     """
-    problem = Problem(
-        num_tokens=num_tokens,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_experts=num_experts,
-        top_k=top_k,
-        local_expert_offset=0,
-        local_num_experts=num_experts if local_num_experts is None else local_num_experts,
-        n_group=0,
-        topk_group=0,
-        output_hidden_size=hidden_size,
-        routing_method=RoutingMethodType.Renormalize,
-        activation=ActivationType.Swiglu,
-        activation_format=ActivationFormat[activation_format],
-        weight_format=WeightFormat[weight_format],
-        routed_scaling_factor=1.0,
-        norm_topk_prob=True,
-        do_finalize=True,
-        enable_pdl=True,
-        has_per_token_scale=False,
-        device=torch.device(device),
-    )
+    from tvmmoe.info import problem_of
+    from tvmmoe.testing import Case
+
+    for name, value, kind in (
+        ("activation_format", activation_format, ActivationFormat), ("weight_format", weight_format, WeightFormat),
+    ):  # fmt: skip
+        if value not in kind.__members__:
+            raise ArgumentError(f"{name}: got {value!r}, expected {' or '.join(kind.__members__)}")
+    if (activation_format, weight_format) in (("mxfp8", "nvfp4"), ("nvfp4", "mxfp4")):
+        raise UnsupportedError(f"weight_format: got {weight_format} with {activation_format} hidden_states, expected {MODES}")
+    sizes = dict(num_tokens=num_tokens, hidden_size=hidden_size, intermediate_size=intermediate_size)
+    sizes |= dict(num_experts=num_experts, top_k=top_k)
+    local = num_experts if local_num_experts is None else local_num_experts
+    for name, value in (sizes | dict(local_num_experts=local)).items():
+        refusals.require_int(name, value, 0)
+    formats = dict(activation_format=ActivationFormat[activation_format], weight_format=WeightFormat[weight_format])
+    problem = replace(problem_of(Case(**sizes, local_num_experts=local, **formats)), device=torch.device(device))
+    if problem.device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device: got {problem.device}, expected cpu: torch sees no CUDA device")
     return torch_op.entry_workspace_bytes(problem, torch_op.selected_entry(problem))

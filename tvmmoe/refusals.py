@@ -12,11 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from tvmmoe.config import ActivationType, RoutingMethodType
+from tvmmoe.config import MAX_EXPERTS, MAX_SIZE, MAX_TOP_K, ActivationType, RoutingMethodType
 from tvmmoe.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 
-MAX_EXPERTS = 1024
-MAX_TOP_K = 32
 SIZE_MULTIPLE = 32  # of hidden_size and intermediate_size
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -106,18 +104,18 @@ def refuse_options(
     norm_topk_prob: Any,
 ) -> None:
     """Raise for the first wrong one; returns if ``routed_scaling_factor`` is merely an int."""
-    _require_int("num_experts", num_experts, 1, MAX_EXPERTS)
-    _require_int("top_k", top_k, 1, min(MAX_TOP_K, num_experts), f"min({MAX_TOP_K}, num_experts)=")
-    _require_int("local_num_experts", local_num_experts, 1, num_experts, "num_experts=")
+    require_int("num_experts", num_experts, 1, MAX_EXPERTS)
+    require_int("top_k", top_k, 1, min(MAX_TOP_K, num_experts), f"min({MAX_TOP_K}, num_experts)=")
+    require_int("local_num_experts", local_num_experts, 1, num_experts, "num_experts=")
     last = num_experts - local_num_experts
-    _require_int("local_expert_offset", local_expert_offset, 0, last, "num_experts-local_num_experts=")
-    _require_int("intermediate_size", intermediate_size, 1)
+    require_int("local_expert_offset", local_expert_offset, 0, last, "num_experts-local_num_experts=")
+    require_int("intermediate_size", intermediate_size, 1, MAX_SIZE)
     if intermediate_size % SIZE_MULTIPLE:
         raise ArgumentError(f"intermediate_size: got {intermediate_size}, expected a multiple of {SIZE_MULTIPLE}")
-    _require_int("tune_max_num_tokens", tune_max_num_tokens, 1)
+    require_int("tune_max_num_tokens", tune_max_num_tokens, 1)
     for name, value in (("n_group", n_group), ("topk_group", topk_group)):
         if value is not None:
-            _require_int(name, value, 0, or_none=" or None")
+            require_int(name, value, 0, or_none=" or None")
     for name, value in (("do_finalize", do_finalize), ("norm_topk_prob", norm_topk_prob)):
         if type(value) is not bool:
             raise DtypeError(f"{name}: got {describe(value)}, expected bool")
@@ -130,7 +128,7 @@ def refuse_options(
         raise ArgumentError(f"routed_scaling_factor: got {got}, expected a finite float32 or None")
 
 
-def _require_int(
+def require_int(
     name: str, value: Any, low: int, high: int | None = None, high_is: str = "", or_none: str = ""
 ) -> None:
     if type(value) is not int:
@@ -205,6 +203,12 @@ def refuse_tensor(
         raise ArgumentError(not_contiguous(name, tensor))
 
 
+def refuse_freed(tensors: dict[str, torch.Tensor | None]) -> NoReturn:
+    """Blame the first that has elements and no memory."""
+    name, tensor = next((name, t) for name, t in tensors.items() if t is not None and not t.data_ptr())
+    raise ArgumentError(f"{name}: got {describe(tensor)} whose storage is freed, expected memory")
+
+
 def not_contiguous(name: str, tensor: torch.Tensor) -> str:
     """Message for strides that are not those of a row-major tensor."""
     strides = list(tensor.stride())
@@ -264,7 +268,7 @@ def _scale_hint(got: tuple[int, ...], want: tuple[int, ...]) -> str:
     block_sizes = (columns, 2 * columns, columns // 2)  # the expected one, half of it, twice of it
     for candidate in block_sizes:
         padded = num_experts * (-(-rows // 128) * 128) * (-(-candidate // 4) * 4)
-        if count == padded != num_experts * rows * candidate:
+        if count == padded not in (num_experts * rows * candidate, num_experts * rows * columns):
             return " (looks 128x4-swizzled: use tvmmoe.layouts.from_128x4)"
     if got[:-1] == want[:-1] and got[-1] in block_sizes:
         return f" (block size {'half' if got[-1] == 2 * columns else 'twice'} of what hidden_states and weights have)"

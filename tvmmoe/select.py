@@ -16,12 +16,19 @@ variables are read when a problem is first selected for: its plan is remembered 
 import functools
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 from tvmmoe.config import Problem
 from tvmmoe.errors import UnsupportedError
 from tvmmoe.loader import Entry, Manifest
+
+
+def cpu_name() -> str:
+    """This machine's processor, as Linux calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 CPU_TARGETS = ("x86-64-v3", "x86-64")  # best first
 # Compute capability -> the target with machine code for it. sm80 carries PTX, which drivers compile for any later GPU.

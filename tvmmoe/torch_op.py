@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch: results and workspace from torch's allocator, then one packed call; the op that torch.compile sees.
 
-Eager calls go straight to :func:`launch`, known ones past it (:mod:`tvmmoe.relaunch`). Under torch.compile the registered
-``tvmmoe::fp4_block_scale_moe`` is called, whose fake implementation runs the same validation on fake tensors.
+Eager calls go straight to :func:`launch`, known ones past it (:mod:`tvmmoe.relaunch`). What is traced calls the registered
+``tvmmoe::fp4_block_scale_moe``, whose fake implementation runs the same validation on fake tensors.
 """
 
 import functools
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tvmmoe import abi, loader
+from tvmmoe import abi, loader, refusals
 from tvmmoe.arguments import NAMES, validate
-from tvmmoe.config import Problem
-from tvmmoe.errors import UnverifiedWarning
+from tvmmoe.config import ActivationType, Problem, RoutingMethodType
+from tvmmoe.errors import DtypeError, UnverifiedWarning
 from tvmmoe.loader import Entry, Manifest
 from tvmmoe.select import gpu_name, select, targets_of
 from tvmmoe.workspace import cpu_slices, max_num_tiles
@@ -200,15 +200,46 @@ def _fake(*args: Any) -> tuple[torch.Tensor, ...]:
     return _three(problem, new_results(problem, tile_m, arguments["output"] is not None))
 
 
+_MEMBERS = {"routing_method_type": refusals.routing_method, "activation_type": refusals.activation_type}
+_BOOLS = frozenset(("do_finalize", "enable_pdl", "norm_topk_prob"))
+
+
 def _three(problem: Problem, results: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """``results`` filled up to three with empty tensors."""
     return (*results, *(torch.empty(0, device=problem.device) for _ in range(3 - len(results))))
 
 
+_TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
+
+
+def _has_tracing_mode() -> bool:
+    """Whether a mode of torch's own is active whose tensors stand for others; a user's, which only looks on, is none."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING_MODES))
+
+
+def is_traced() -> bool:
+    """Whether a call must go through torch's dispatcher, for tensors only stand for others: torch.compile, torch.jit.trace,
+    make_fx, FakeTensorMode or a functorch transform."""
+    return (
+        torch.compiler.is_compiling()
+        or _has_tracing_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def traced(**arguments: Any) -> list[torch.Tensor]:
-    """What torch.compile traces: the registered op, with ``output`` handed back as the eager call does."""
-    for name in ("routing_method_type", "activation_type"):
-        arguments[name] = int(arguments[name])
+    """What is traced: the registered op, with ``output`` handed back as the eager call does, and without gradients."""
+    for name, member in (("routing_method_type", RoutingMethodType), ("activation_type", ActivationType)):
+        value = arguments[name]
+        if type(value) is not int and type(value) is not member:  # an int of another enum may have another meaning
+            value = _MEMBERS[name](value)
+        arguments[name] = int(value)
+    for name, value in arguments.items():
+        if type(value) is bool and name not in _BOOLS:  # which the op's schema takes for an int
+            raise DtypeError(f"{name}: got bool {value}, expected int")
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            arguments[name] = value.detach()
     results = torch.ops.tvmmoe.fp4_block_scale_moe(*arguments.values())
     if not arguments["do_finalize"]:
         return list(results)

@@ -68,6 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="print what the records hold and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="best over trials, with --report")
     options = parser.parse_args(argv)
+    if options.plot and not options.report:
+        parser.error("--plot: got it alone, expected --report beside it, whose search it draws")
     try:
         options.tokens = [int(n) for n in options.tokens.split(",")]
     except ValueError:

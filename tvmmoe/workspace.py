@@ -16,6 +16,15 @@ def max_num_tiles(num_pairs: Any, local_num_experts: Any, tile_m: int, minimum: 
     return occupied + (num_pairs - occupied) // tile_m
 
 
+def usual_num_tiles(
+    num_pairs: Any, local_num_experts: Any, num_experts: Any, tile_m: int, minimum: Callable = min
+) -> Any:
+    """Most tiles where the local experts have their share of all pairs: what grids are made for whose CTAs go on to another
+    tile where there are more. The same as :func:`max_num_tiles` where all experts are local."""
+    share = num_pairs * local_num_experts // num_experts
+    return minimum(max_num_tiles(num_pairs, local_num_experts, tile_m, minimum), local_num_experts + share // tile_m)
+
+
 class Slice(NamedTuple):
     """One intermediate inside the workspace."""
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Element encodings and activation functions as TensorIR expressions: the twins of ``tvmmoe.numerics``, bit for bit.
 
-Every helper takes and returns an expression; nothing here owns a loop. All of them vectorise: no table look-ups, no
-calls, selects instead of branches.
+Every helper takes and returns an expression; nothing here owns a loop. They vectorise: no table look-ups, selects instead of
+branches, and no calls but of tanh and exp in the exact functions.
 """
 
 from tvm.script import tirx as T

@@ -17,6 +17,7 @@ import tvm
 import tvm_ffi
 from tvm.backend.cuda import export_cuda_host
 
+from tvmmoe.kernels import host
 from tvmmoe.kernels.sm90a.trace import kernel_names
 
 # TensorIR has no cast from pointer to integer: the kernels' host functions call this.
@@ -51,7 +52,8 @@ def packed_source(
     flag = "val.programmaticStreamSerializationAllowed = "
     assert (flag + "1;" in source) == ("programmaticStreamSerialization" in source)
     source = source.replace("TVM_DLL int64_t tvmmoe_address(uint8_t*);", "")  # in the prelude, not imported
-    return prelude + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+    source = prelude + source.replace(flag + "1;", flag + "(enable_pdl != 0);")
+    return host.once_per_call(source) if pipeline == "tirx" else source  # others' shared memory may depend on the call
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ nanoseconds a pair, below one weight row of a GEMM.
 
 from tvm.script import tirx as T
 
-from tvmmoe.kernels.route import MAX_EXPERTS
+from tvmmoe.config import MAX_EXPERTS
 
 
 def permute():

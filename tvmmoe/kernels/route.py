@@ -12,11 +12,10 @@ One token is one task: keys of all experts in a scratch row, then ``top_k`` pass
 
 from tvm.script import tirx as T
 
+from tvmmoe.config import MAX_EXPERTS
 from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels import numerics
 
-MAX_EXPERTS = 1024
-MAX_TOP_K = 32
 MAX_GROUPS = 1024
 
 

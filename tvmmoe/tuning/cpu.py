@@ -22,6 +22,7 @@ from tvmmoe import numerics
 from tvmmoe.config import ActivationType, WeightFormat
 from tvmmoe.kernels import gemm1, gemm2
 from tvmmoe.kernels.cpu import TILE_M
+from tvmmoe.select import cpu_name
 from tvmmoe.spaces.cpu import GemmConfig, schedule_gemm, tile_gemm
 from tvmmoe.testing import rel_l2
 from tvmmoe.tuning import records
@@ -36,8 +37,7 @@ ROUNDS = (3, 41)
 
 def device_name() -> str:
     """What the records hold for."""
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return f"{model.split(':')[1].strip()}, one thread"
+    return f"{cpu_name()}, one thread"
 
 
 def tvm_target() -> tvm.target.Target:

@@ -94,7 +94,8 @@ def claim_device(target: str, name: str, root: Path | None = None) -> None:
     path = (root or data_dir("schedules")) / target / "device.json"
     known = json.loads(path.read_text())["name"] if path.is_file() else name
     if known != name:
-        raise ArgumentError(f"{path.parent}: records of {known}, this is {name}; name another folder with --out")
+        others = f"{path.parent}: records of {known}, this is {name}"
+        raise ArgumentError(f"{others}; name another folder with --out, and tvmmoe.build takes it by --records")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"name": name}) + "\n")
 

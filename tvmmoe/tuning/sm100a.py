@@ -22,7 +22,7 @@ from tvmmoe.kernels.sm100a import gemm as kernel
 from tvmmoe.kernels.sm100a.gemm1 import gemm1
 from tvmmoe.kernels.sm100a.gemm2 import gemm2
 from tvmmoe.kernels.sm100a.operator import TILES, variant
-from tvmmoe.kernels.sm120a.operator import host_function
+from tvmmoe.kernels.sm120a.operator import function_of
 from tvmmoe.tuning import cuda, records
 from tvmmoe.tuning.sm120a import mode, z_slice
 from tvmmoe.tuning.tasks import STAGES, Task
@@ -30,7 +30,7 @@ from tvmmoe.tuning.tasks import STAGES, Task
 __all__ = ["mode", "z_slice"]  # of the workspace and the calls that both Blackwells have
 
 TARGET = "sm100a"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/host.py", "kernels/nvcc.py")
 SOURCES += tuple(f"kernels/{name}/*.py" for name in ("sm80", "sm90a", "sm120a", TARGET))
 KNOBS = kernel.KNOBS | {"tile_m": tuple(TILES)}
 
@@ -111,7 +111,7 @@ def symbol(stage: str, c: kernel.GemmConfig) -> str:
 def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
     """Host function of one stage alone, by the operator's calling convention."""
     launch = (lambda a: gemm1(a, c, True)) if stage == "gemm1" else (lambda a: gemm2(a, c))
-    return host_function(symbol(stage, c), c, launch)
+    return function_of(symbol(stage, c), c, launch)
 
 
 def compile_stage(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], path: Path) -> None:

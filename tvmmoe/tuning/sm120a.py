@@ -21,13 +21,13 @@ from tvmmoe.kernels.sm120a import gemm as kernel
 from tvmmoe.kernels.sm120a.gemm1 import gemm1
 from tvmmoe.kernels.sm120a.gemm2 import gemm2
 from tvmmoe.kernels.sm120a.layout import slices
-from tvmmoe.kernels.sm120a.operator import TILES, host_function
+from tvmmoe.kernels.sm120a.operator import TILES, function_of
 from tvmmoe.tuning import cuda
 from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm120a"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/host.py", "kernels/nvcc.py")
 SOURCES += tuple(f"kernels/{name}/*.py" for name in ("sm80", "sm90a", TARGET))
 NUM_SMS = 170  # RTX 5090
 SM_SMEM_BYTES, SM_REGISTERS, SM_THREADS = 100 * 1024, 65536, 1536
@@ -110,7 +110,7 @@ def symbol(stage: str, c: kernel.GemmConfig) -> str:
 def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
     """Host function of one stage alone, by the operator's calling convention."""
     launch = (lambda a: gemm1(a, c, True)) if stage == "gemm1" else (lambda a: gemm2(a, c))
-    return host_function(symbol(stage, c), c, launch)
+    return function_of(symbol(stage, c), c, launch)
 
 
 def compile_stage(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], path: Path) -> None:

@@ -21,14 +21,17 @@ from tvmmoe.kernels.sm80.gemm1 import gemm1
 from tvmmoe.kernels.sm80.gemm2 import gemm2
 from tvmmoe.kernels.sm80.operator import LAUNCH_PARAMS, TILES
 from tvmmoe.kernels.sm80.pipeline import SMEM_BYTES
+from tvmmoe.kernels.sm90a.call import Arguments, host_function
+from tvmmoe.kernels.sm90a.layout import slices
 from tvmmoe.tuning import cuda
-from tvmmoe.tuning.sm90a import host_function, mode, z_slice
+from tvmmoe.tuning.sm90a import mode, z_slice
 from tvmmoe.tuning.tasks import Task
 
 __all__ = ["mode", "z_slice"]  # of the workspace and the calls that are Hopper's
 
 TARGET = "sm80"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm80/*.py", "kernels/sm90a/*.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/host.py", "kernels/nvcc.py")
+SOURCES += ("kernels/sm80/*.py", "kernels/sm90a/*.py")
 NUM_SMS, SM_SMEM_BYTES, SM_REGISTERS, SM_THREADS = 108, 164 * 1024, 65536, 2048  # A100
 KNOBS = {
     "tile_m": tuple(TILES),
@@ -111,7 +114,7 @@ def symbol(stage: str, c: kernel.GemmConfig) -> str:
 def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
     """Host function of one stage alone, by the operator's calling convention."""
     launch = (lambda a: gemm1(a, c, True)) if stage == "gemm1" else (lambda a: gemm2(a, c))
-    return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch)
+    return host_function(symbol(stage, c), LAUNCH_PARAMS, lambda: Arguments(c.tile_m, slices), launch)
 
 
 def compile_stage(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], path: Path) -> None:

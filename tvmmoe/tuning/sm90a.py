@@ -9,17 +9,16 @@ from pathlib import Path
 
 import tvm
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe.config import Problem, WeightFormat
 from tvmmoe.kernels.sm90a import build as sm90a_build
 from tvmmoe.kernels.sm90a import gemm_config as kernel
 from tvmmoe.kernels.sm90a.by_scale_block import constant_bytes
+from tvmmoe.kernels.sm90a.call import Arguments, host_function
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1, gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2, gemm2
 from tvmmoe.kernels.sm90a.layout import FEW_TOKENS, THIN_TILE_M, slices
-from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, Arguments, hand_chosen
+from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, SHORT_K, SHORT_TILES, TILES, hand_chosen
 from tvmmoe.kernels.sm90a.thin_tiles import has_thin_tiles
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import if_, ptx
@@ -29,7 +28,8 @@ from tvmmoe.tuning.tasks import Task
 from tvmmoe.workspace import Slice
 
 TARGET = "sm90a"
-SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/nvcc.py", "kernels/sm80/*.py", "kernels/sm90a/*.py")
+SOURCES = ("abi.py", "config.py", "workspace.py", "kernels/host.py", "kernels/nvcc.py")
+SOURCES += ("kernels/sm80/*.py", "kernels/sm90a/*.py")
 KNOBS = {
     "tile_m": tuple(TILES),
     "mi": (1, 2),
@@ -149,7 +149,8 @@ def stage_function(stage: str, c: kernel.GemmConfig) -> tvm.tirx.PrimFunc:
         else:
             gemm2(a, c)
 
-    return host_function(symbol(stage, c), c.tile_m, LAUNCH_PARAMS, launch, has_thin_tiles(c))
+    arguments = functools.partial(Arguments, c.tile_m, slices, has_thin_tiles(c))
+    return host_function(symbol(stage, c), LAUNCH_PARAMS, arguments, launch)
 
 
 def _clear_claims(a: Arguments) -> None:
@@ -158,18 +159,6 @@ def _clear_claims(a: Arguments) -> None:
         ptx.griddepcontrol.wait()
         with if_(thread.tid == 0):
             clear_claims(a)
-
-
-def host_function(
-    name: str, tile_m: int, launch_params: list[str], launch: Callable[[Arguments], None], thin: bool = False
-) -> tvm.tirx.PrimFunc:
-    """A packed function that takes the operator's arguments and launches what ``launch`` emits."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(name)
-            I.func_attr({"global_symbol": name, "tirx.kernel_launch_params": launch_params})
-            launch(Arguments(tile_m, thin))
-    return builder.get()
 
 
 def compile_stage(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], path: Path) -> None:

@@ -10,21 +10,18 @@ consumer Blackwell: all of them use nothing that datacenter Blackwell lacks.
 from dataclasses import dataclass
 
 import tvm
-from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.kernels.sm90a import permute
+from tvmmoe.kernels.sm90a.call import Arguments
 from tvmmoe.kernels.sm90a.finalize import finalize
-from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
 from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
+from tvmmoe.kernels.sm90a.permute import permute
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
 from tvmmoe.kernels.sm100a.gemm import GemmConfig
 from tvmmoe.kernels.sm100a.gemm1 import gemm1
 from tvmmoe.kernels.sm100a.gemm2 import gemm2
-from tvmmoe.kernels.sm120a.operator import Arguments
+from tvmmoe.kernels.sm120a.operator import function_of
 from tvmmoe.kernels.sm120a.requantize import requantize
 from tvmmoe.kernels.sm120a.row_token import row_token
 
@@ -67,10 +64,9 @@ def variant(weight_format: WeightFormat, tile_m: int) -> Variant:
 
 def _launch_gemms(a: Arguments, v: Variant) -> None:
     row_token(a)
-    is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     for c in (v.quantized, v.bf16):
         with if_(a.activation_format == int(c.activation_format)):
-            if_else(is_gated, lambda c=c: gemm1(a, c, True), lambda c=c: gemm1(a, c, False))
+            if_else(a.is_gated, lambda c=c: gemm1(a, c, True), lambda c=c: gemm1(a, c, False))
             if c is v.quantized:
                 requantize(a, c.weight_format, c.tile_m)
             gemm2(a, c)
@@ -81,27 +77,14 @@ def operator(v: Variant) -> tvm.tirx.PrimFunc:
 
     def launch(a: Arguments) -> None:
         route(a)
-        with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
-            permute.count(a)
-        permute.scatter(a, v.tile_m)
+        permute(a, v.tile_m, v.quantized.width_step)
         _launch_gemms(a, v)
         with if_(a.do_finalize != 0):
             finalize(a)
 
-    return _host_function(v, launch)
+    return function_of(v.symbol, v.quantized, launch, LAUNCH_PARAMS)
 
 
 def gemms(v: Variant) -> tvm.tirx.PrimFunc:
     """The stages from row_token to gemm2 alone, for tests."""
-    return _host_function(v, lambda a: _launch_gemms(a, v))
-
-
-def _host_function(v: Variant, launch) -> tvm.tirx.PrimFunc:
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(v.symbol)
-            I.func_attr({"global_symbol": v.symbol, "tirx.kernel_launch_params": LAUNCH_PARAMS})
-            a = Arguments(v.quantized.weight_format, v.tile_m)
-            with if_(a.num_tokens > T.int64(0)):
-                launch(a)
-    return builder.get()
+    return function_of(v.symbol, v.quantized, lambda a: _launch_gemms(a, v), LAUNCH_PARAMS)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tvm_ffi
 
+from tvmmoe.kernels.host import ALLOW_SHARED_MEMORY
 from tvmmoe.kernels.sm120a import emulation
 from tvmmoe.kernels.sm120a.intrinsics import FORMS
 
@@ -411,7 +412,7 @@ def _translate(match: re.Match) -> str:
 
 def host_source(cuda: str, early: bool = False, extra: str = "") -> str:
     """Host C++ of what ``build.cuda_source`` returned; ``extra`` defines what this module does not."""
-    kernels, host = cuda.split("#include <tvm/ffi/c_api.h>", 1)
+    kernels, host = cuda.replace(ALLOW_SHARED_MEMORY, "").split("#include <tvm/ffi/c_api.h>", 1)
     kernels = re.sub(r"#include <(cuda|math_constants|cuda_runtime)\.h>", "", kernels)
     for form in FORMS:  # the simulator has its own
         kernels = re.sub(rf"^[^\n]*\b{form.function}\(float.*?\n}}\n", "", kernels, flags=re.M | re.S)

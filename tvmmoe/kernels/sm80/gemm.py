@@ -70,6 +70,11 @@ class GemmConfig(MmaConfig):
         return self.k_step // K_BLOCK // self.warps_k
 
     @property
+    def width_step(self) -> int:
+        """Of many tokens half a warp's: _multiply_live."""
+        return 8 * self.ni if self.ni < 4 else 4 * self.ni
+
+    @property
     def weight_pitch(self) -> int:
         return self.weight_bytes
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import tvm
 
 from tvmmoe.config import WeightFormat
-from tvmmoe.kernels import nvcc
-from tvmmoe.kernels.sm90a import host, operator_fp8
+from tvmmoe.kernels import host, nvcc
+from tvmmoe.kernels.sm90a import operator_fp8
 from tvmmoe.kernels.sm90a.operator import SHORT_TILES, TILES, Variant, hand_chosen, operator
 
 FP8_FILE = "moe_mxfp4_mxfp8_sm90a.so"
@@ -64,7 +64,7 @@ def fp8_source() -> str:
 
 def packed_source(makers: Mapping[str, Callable[[], tvm.tirx.PrimFunc]], arch: str = "sm_90a") -> str:
     """CUDA C++ of packed functions by symbol, which contains ``_moe_``."""
-    source = host.once_per_call(nvcc.packed_source(makers, {"arch": arch}, nvcc.ADDRESS + _ENCODE_TILED))
+    source = nvcc.packed_source(makers, {"arch": arch}, nvcc.ADDRESS + _ENCODE_TILED)
     if arch == "sm_90a":  # measured there alone
         source = host.launched_by_driver(source)
     return host.DRIVER_FUNCTION + source

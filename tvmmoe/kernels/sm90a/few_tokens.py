@@ -7,7 +7,7 @@ for another one and every pass through memory takes a microsecond or two of the 
               one warp of the first CTA writes ids, weights and rows, which only finalize reads
 
 Each pair of a token and one of our experts is a tile of its own (single_row.py), in the order of their rows, so that two
-tokens of an expert read its weights one right after the other. Rows are numbered as permute.scatter does it.
+tokens of an expert read its weights one right after the other. Rows are numbered as permute.py does it.
 """
 
 from tvm.script import tirx as T

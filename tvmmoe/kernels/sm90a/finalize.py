@@ -11,6 +11,7 @@ A slot of another rank (row -1) contributes nothing; a token with none of ours g
 
 from tvm.script import tirx as T
 
+from tvmmoe.config import MAX_TOP_K
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.few_tokens import wait_for_results
 from tvmmoe.kernels.sm90a.gather import pack_bf16
@@ -40,15 +41,16 @@ from tvmmoe.kernels.sm90a.trace import (
 THREADS = 128
 COLUMNS = THREADS * 8
 SLOTS_AT_ONCE = 8
+assert MAX_TOP_K <= 32  # a lane a slot
 
 
-def _slot(a, token, lane, space: str = "global"):
+def _slot(a, token, lane):
     """Row, -1 where there is none, and weight of the token's slot ``lane``."""
     row, weight = scalar("int32", T.int32(-1)), scalar("float32", T.float32(0))
     with if_(lane < cast(a.top_k, "int32")):
         slot = let(cast(token, "int64") * a.top_k + cast(lane, "int64"))
-        assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4), space))
-        weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2), space)
+        assign(row, load("int32", address(a.result("expanded_idx_to_permuted_idx"), slot * 4), PAST_L1))
+        weight_bits = load("uint16", address(a.result("expert_weights"), slot * 2), PAST_L1)
         assign(weight, numerics.bf16_to_float32(weight_bits))
     return row, weight
 
@@ -73,9 +75,9 @@ def _add_slots(a, row, weight, first, column, sums) -> None:
                 store(sums, sums[2 * i + 1] + factor * high, 2 * i + 1)
 
 
-def finalize(a, knows_rows: bool = False, waits_for_results: bool = False) -> None:
-    """Emit the kernel; ``knows_rows``: those that write slots have ended when it starts, or, if it ``waits_for_results``, are
-    gemm_pair."""
+def finalize(a, waits_for_results: bool = False) -> None:
+    """Emit the kernel. What writes slots has ended when it starts, for every kernel waits before it starts the next; or, if
+    this one ``waits_for_results``, is gemm_pair."""
     width = a.output_hidden_size
     segments = (width + COLUMNS - 1) // COLUMNS
     with kernel("finalize", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
@@ -84,14 +86,11 @@ def finalize(a, knows_rows: bool = False, waits_for_results: bool = False) -> No
         sums = regs(8, "float32")
         for i in range(8):
             store(sums, T.float32(0), i)
-        if knows_rows:
-            if waits_for_results:
-                wait_for_results(a)
-            row, weight = _slot(a, token, thread.lane, PAST_L1)
+        if waits_for_results:
+            wait_for_results(a)
+        row, weight = _slot(a, token, thread.lane)
         ptx.griddepcontrol.wait()
         ptx.griddepcontrol.launch_dependents()
-        if not knows_rows:
-            row, weight = _slot(a, token, thread.lane)
         with for_((cast(a.top_k, "int32") + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE) as i:
             _add_slots(a, row, weight, i * SLOTS_AT_ONCE, column, sums)
         with if_(column < width):

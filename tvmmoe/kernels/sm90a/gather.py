@@ -2,7 +2,8 @@
 """gather: hidden states of any format -> bf16 operand of gemm1, one row a local (token, slot) pair.
 
     grid     (num_tokens * ceil(padded H / 1024)) CTAs of 128 threads
-    load     a thread reads 8 consecutive columns once and decodes them exactly (e2m1 * e4m3 and e4m3 * 2^k fit bf16)
+    load     a thread reads 8 consecutive columns once and decodes them exactly: e2m1 * e4m3 fit bf16, e4m3 * 2^k from
+             k = -124 on
     order    a 4x4 exchange of words in each quad turns column order into K order (layout.py)
     store    16 bytes a thread into every row of the token; columns past H are zeros
 

@@ -15,7 +15,6 @@ from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
     cast,
-    cuda,
     if_,
     let,
     load,
@@ -65,7 +64,8 @@ class Epilogue:
         assign(self.turn, self.turn + 1)
 
     def _warpgroup_sync(self) -> None:
-        cuda.warpgroup_sync(self.warpgroup + 1)
+        # Not cuda.warpgroup_sync: compilers may move plain loads and stores across that.
+        ptx["barrier.sync.aligned"](cast(self.warpgroup + 1, "uint32"), u32(128))
 
     def _store_tile(self, tile: Tile, state) -> None:
         """Accumulators -> problem's values -> bf16 rows, ``chunk_m`` tokens at a time."""

@@ -210,7 +210,7 @@ class Fp8Gemm(GroupedGemm):
     def _multiply_folded(self, tile: Tile) -> None:
         largest = [let(self.largest[self.buffer * self.c.rows + row]) for pair in self.rows for row in pair]
         self.table_offsets = [let((T.int32(fp8.TABLE_ENTRIES - 1) - byte) * 8) for byte in largest]
-        self._at_width(tile, self.c.widths)
+        self._by_width(tile, self.c.widths, self._multiply_stages)
         for mi in range(self.c.mi):
             for r in range(2):
                 # From the offset again, so that the bytes need no registers in the main loop.
@@ -219,20 +219,13 @@ class Fp8Gemm(GroupedGemm):
                 for i in (4 * n + 2 * r + t for n in range(self.c.tile_m // 8) for t in range(2)):
                     store(self.acc[mi], self.acc[mi][i] * factor, i)
 
-    def _at_width(self, tile: Tile, widths) -> None:
-        """Main loop at the smallest of ``widths`` that holds the tile's rows."""
-
-        def main_loop():
-            cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-            self._decode_block(0)
-            with for_(self.k_steps - 1):
-                self._multiply_stage(widths[0], is_last=False)
-            self._multiply_stage(widths[0], is_last=True)
-
-        if len(widths) == 1:
-            main_loop()
-        else:
-            if_else(tile.num_rows <= widths[0], main_loop, lambda: self._at_width(tile, widths[1:]))
+    def _multiply_stages(self, width: int) -> None:
+        """Main loop."""
+        cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
+        self._decode_block(0)
+        with for_(self.k_steps - 1):
+            self._multiply_stage(width, is_last=False)
+        self._multiply_stage(width, is_last=True)
 
     def _multiply_stage(self, width: int, is_last: bool) -> None:
         """The K blocks of a stage, the first of them decoded. While one multiplies the next is decoded; while the last one

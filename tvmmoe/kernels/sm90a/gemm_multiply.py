@@ -73,7 +73,7 @@ class Multiply:
     def _compute_tile(self) -> None:
         c, tile = self.c, self.scheduler.tile
         state = self.p.begin_tile(self, tile, self._early_expert(tile)) if c.loads_state_early else None
-        self._multiply(tile, c.widths)
+        self._multiply(tile)
         self._release_last()
         if c.reads_tile_again:
             self.scheduler.read_again()
@@ -87,26 +87,31 @@ class Multiply:
             self._release(self.stage)
             self._advance()
 
-    def _multiply(self, tile: Tile, widths) -> None:
-        """Main loop at the smallest of ``widths`` that holds the tile's rows."""
+    def _by_width(self, tile: Tile, widths, emit) -> None:
+        """``emit(width)`` of the smallest of ``widths`` that holds the tile's rows."""
+        width, *wider = widths
+        if wider:
+            if_else(tile.num_rows <= width, lambda: emit(width), lambda: self._by_width(tile, wider, emit))
+        else:
+            emit(width)
 
-        def main_loop():
+    def _multiply(self, tile: Tile) -> None:
+        """Main loop."""
+
+        def main_loop(width: int) -> None:
             for acc in self.acc:
-                for i in range(widths[0] // 2):
+                for i in range(width // 2):
                     store(acc, T.float32(0), i)
             if self.c.multiplies_by_warp:
                 self._multiply_stages_by_warp(self._multiply_stage_by_warp)
                 return
             with for_(self.k_steps):
                 cuda.mbarrier_wait(self.full.ptr_to([self.stage]), self.phase)
-                self._multiply_stage(widths[0])
+                self._multiply_stage(width)
                 self._advance()
             ptx.wgmma.wait_group.sync.aligned(0)
 
-        if len(widths) == 1:
-            main_loop()
-        else:
-            if_else(tile.num_rows <= widths[0], main_loop, lambda: self._multiply(tile, widths[1:]))
+        self._by_width(tile, self.c.widths, main_loop)
 
     def _load_words(self, offset) -> None:
         """Weights of a K block of this thread's rows, ``offset`` bytes past those of the first in the first stage."""

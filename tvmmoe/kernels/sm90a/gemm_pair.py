@@ -42,9 +42,9 @@ from tvmmoe.kernels.sm90a.trace import (
 )  # fmt: skip
 
 
-def is_served(a, is_gated):
+def is_served(a):
     """Whether the kernel takes the call (host expression): few tokens, and z that gemm1 can store as gemm2 reads it."""
-    return T.And(is_few(a), T.And(is_gated, a.per_token_scale == 0))
+    return T.And(is_few(a), T.And(a.is_gated, a.per_token_scale == 0))
 
 
 class GemmPair(SingleRow, GroupedGemm):

@@ -17,13 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import tvm
-from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as I  # noqa: E741
 
-from tvmmoe import abi
 from tvmmoe.config import ActivationFormat, WeightFormat
-from tvmmoe.kernels.sm90a import permute, prologue
+from tvmmoe.kernels.sm90a import prologue
+from tvmmoe.kernels.sm90a.call import Arguments, host_function
 from tvmmoe.kernels.sm90a.few_tokens import prepare
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather import gather
@@ -31,13 +28,13 @@ from tvmmoe.kernels.sm90a.gemm1 import gemm1
 from tvmmoe.kernels.sm90a.gemm2 import gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.gemm_pair import gemm_pair, is_served
-from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA, slices
+from tvmmoe.kernels.sm90a.layout import slices
+from tvmmoe.kernels.sm90a.permute import permute
 from tvmmoe.kernels.sm90a.requantize import requantize
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.single_row import RowConfig
 from tvmmoe.kernels.sm90a.thin_tiles import has_thin_tiles
 from tvmmoe.kernels.sm90a.trace import if_, if_else
-from tvmmoe.workspace import max_num_tiles
 
 # Each for the kernels that have it.
 LAUNCH_PARAMS = [
@@ -107,28 +104,6 @@ def hand_chosen(weight_format: WeightFormat, tile_m: int, is_short: bool = False
     return GemmConfig(weight_format, tile_m, *(TILES | SHORT_TILES if is_short else TILES)[tile_m])
 
 
-class Arguments:
-    """The entry's parameters as attributes, workspace slices as int64 addresses under ``ws``."""
-
-    def __init__(self, tile_m: int, has_thin_tiles: bool = False):
-        self.has_thin_tiles = has_thin_tiles
-        workspace = I.arg("workspace", I.buffer([tvm.tirx.Var("workspace_size", "int64")], "uint8"))
-        for name in (*abi.POINTERS, *abi.INTS):
-            setattr(self, name, I.arg(name, I.int64()))
-        self.routed_scaling_factor = I.arg("routed_scaling_factor", I.float64())
-        self.max_tiles = max_num_tiles(self.num_tokens * self.top_k, self.local_num_experts, tile_m, T.min)
-        pieces, _ = slices(self.num_tokens, self.top_k, self.hidden_size, self.intermediate_size,
-                           self.local_num_experts, tile_m, T.min)  # fmt: skip
-        # TensorIR has no cast from pointer to integer; build.py defines this function.
-        base = I.Bind(T.call_pure_extern("int64", "tvmmoe_address", workspace.data))
-        self.ws = {name: base + piece.offset for name, piece in pieces.items()}
-
-    def result(self, name: str):
-        """Address of a result that the caller may want, or else of the workspace slice of the same name."""
-        given = getattr(self, name)
-        return T.Select(given == 0, self.ws[name], given)
-
-
 def _activation_formats(weight_format: WeightFormat) -> tuple[ActivationFormat, ...]:
     quantized = ActivationFormat.mxfp8 if weight_format == WeightFormat.mxfp4 else ActivationFormat.nvfp4
     return ActivationFormat.bf16, quantized
@@ -144,16 +119,11 @@ def packed_function(
 ) -> tvm.tirx.PrimFunc:
     """The host function with these GEMMs: ``gemm1(a, config, is_gated)`` and ``gemm2(a, config)`` emit them,
     ``gemm_pair(a, config, activation_format)`` routing and both at once for what gemm_pair.is_served says."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(variant.symbol)
-            I.func_attr({"global_symbol": variant.symbol, "tirx.kernel_launch_params": launch_params})
-            a = Arguments(variant.tile_m, variant.has_thin_tiles)
-            if not variant.meets_few_tokens:
-                gemm_pair = None
-            with if_(a.num_tokens > 0):
-                _launch_all(a, variant, gemm1, gemm2, gemm_pair)
-    return builder.get()
+    if not variant.meets_few_tokens:
+        gemm_pair = None
+    arguments = functools.partial(Arguments, variant.tile_m, slices, variant.has_thin_tiles)
+    return host_function(
+        variant.symbol, launch_params, arguments, lambda a: _launch_all(a, variant, gemm1, gemm2, gemm_pair))
 
 
 def _launch_all(
@@ -167,42 +137,38 @@ def _launch_all(
                 emit(form)
 
     def place_and_gather():
-        with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
-            permute.count(a)
-        permute.scatter(a, variant.tile_m)
+        permute(a, variant.tile_m, variant.gemm1.width_step)
         by_format(lambda form: gather(a, form))
 
     def by_stages():
         route(a)
-        arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m)
+        arrange = functools.partial(prologue.arrange, a, tile_m=variant.tile_m, step=variant.gemm1.width_step)
         if_else(prologue.is_medium(a), lambda: by_format(lambda form: arrange(form=form)), place_and_gather)
-
-    is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
 
     def apart():
         if variant.meets_few_tokens:
-            begin = functools.partial(prologue.prologue, a, tile_m=variant.tile_m)
+            begin = functools.partial(prologue.prologue, a, tile_m=variant.tile_m, step=variant.gemm1.width_step)
             if_else(prologue.is_small(a), lambda: by_format(lambda form: begin(form=form)), by_stages)
         else:
             by_stages()
-        _launch_gemms(a, variant, gemm1, gemm2, is_gated)
+        _launch_gemms(a, variant, gemm1, gemm2)
 
     def together(form: ActivationFormat):
         prepare(a, form)
         gemm_pair(a, variant.gemm_pair, form)
 
     if gemm_pair is not None:
-        if_else(is_served(a, is_gated), lambda: by_format(together), apart)
+        if_else(is_served(a), lambda: by_format(together), apart)
     else:
         apart()
     with if_(a.do_finalize != 0):
-        finalize(a, knows_rows=True, waits_for_results=gemm_pair is not None)
+        finalize(a, waits_for_results=gemm_pair is not None)
 
 
-def _launch_gemms(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable, is_gated) -> None:
+def _launch_gemms(a: Arguments, variant: Variant, gemm1: Callable, gemm2: Callable) -> None:
     """One after the other."""
     if_else(
-        is_gated,
+        a.is_gated,
         lambda: gemm1(a, variant.gemm1, True),
         lambda: gemm1(a, variant.ungated_gemm1, False),
     )

@@ -5,19 +5,18 @@
 """
 
 import tvm
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as I  # noqa: E741
 
 from tvmmoe.config import WeightFormat
-from tvmmoe.kernels.sm90a import permute
+from tvmmoe.kernels.sm90a.call import Arguments, host_function
 from tvmmoe.kernels.sm90a.finalize import finalize
 from tvmmoe.kernels.sm90a.gather_fp8 import gather_fp8
 from tvmmoe.kernels.sm90a.gemm1 import Gemm1
 from tvmmoe.kernels.sm90a.gemm2 import Gemm2
 from tvmmoe.kernels.sm90a.gemm_config import GemmConfig
 from tvmmoe.kernels.sm90a.gemm_fp8 import Fp8Gemm
-from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
-from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS, Arguments
+from tvmmoe.kernels.sm90a.layout import slices
+from tvmmoe.kernels.sm90a.operator import LAUNCH_PARAMS
+from tvmmoe.kernels.sm90a.permute import permute
 from tvmmoe.kernels.sm90a.requantize_fp8 import requantize_fp8
 from tvmmoe.kernels.sm90a.route import route
 from tvmmoe.kernels.sm90a.trace import if_, if_else
@@ -33,26 +32,16 @@ GEMM = GemmConfig(WeightFormat.mxfp4, TILE_M, mi=1, ks=1, warpgroups=2, k_blocks
 
 def operator() -> tvm.tirx.PrimFunc:
     """The host function."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name(SYMBOL)
-            I.func_attr({"global_symbol": SYMBOL, "tirx.kernel_launch_params": LAUNCH_PARAMS})
-            a = Arguments(TILE_M)
-            with if_(a.num_tokens > 0):
-                _launch_all(a)
-    return builder.get()
+    return host_function(SYMBOL, LAUNCH_PARAMS, lambda: Arguments(TILE_M, slices), _launch_all)
 
 
 def _launch_all(a: Arguments) -> None:
     route(a)
-    with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
-        permute.count(a)
-    permute.scatter(a, TILE_M, GEMM.width_step)
+    permute(a, TILE_M, GEMM.width_step)
     gather_fp8(a)
-    is_gated = a.activation <= 4  # Swiglu 3, Geglu 4; Relu2 6, Identity 7
     # What the tensor core sums is less exact: one K block in gemm1, since z is rounded to e4m3 then, and two in gemm2.
-    if_else(is_gated, *(Fp8Gemm(a, GEMM, Gemm1(a, gated), promoted_blocks=1).emit for gated in (True, False)))
+    if_else(a.is_gated, *(Fp8Gemm(a, GEMM, Gemm1(a, gated), promoted_blocks=1).emit for gated in (True, False)))
     requantize_fp8(a, TILE_M)
     Fp8Gemm(a, GEMM, Gemm2(a), promoted_blocks=2).emit()
     with if_(a.do_finalize != 0):
-        finalize(a, knows_rows=True)
+        finalize(a)

@@ -18,6 +18,7 @@ Local experts ascend; inside an expert rows follow expanded_idx. The pair on a t
 
 from tvm.script import tirx as T
 
+from tvmmoe.config import MAX_EXPERTS
 from tvmmoe.kernels.sm90a.layout import PAIRS_PER_CTA
 from tvmmoe.kernels.sm90a.tile_scheduler import clear_claims
 from tvmmoe.kernels.sm90a.trace import (
@@ -38,8 +39,8 @@ from tvmmoe.kernels.sm90a.trace import (
     u32,
 )  # fmt: skip
 
-MAX_EXPERTS = 1024
 WARPS = PAIRS_PER_CTA // 32
+assert MAX_EXPERTS <= PAIRS_PER_CTA  # a thread an expert
 
 
 def num_chunks(a):
@@ -57,7 +58,14 @@ def _local_expert(a, pair):
     return e
 
 
-def count(a) -> None:
+def permute(a, tile_m: int, step: int) -> None:
+    """Emit the kernels that a call needs; ``step`` as for :func:`rows_per_tile`."""
+    with if_(a.num_tokens * a.top_k > PAIRS_PER_CTA):
+        _count(a)
+    _scatter(a, tile_m, step)
+
+
+def _count(a) -> None:
     """Emit the histogram kernel."""
     with kernel("count", num_chunks(a), PAIRS_PER_CTA) as thread:
         smem = Smem()
@@ -103,11 +111,10 @@ def _exclusive_scan(value, thread, sums):
     return let(before + inclusive - value), total
 
 
-def rows_per_tile(rows, tile_m: int, step: int | None = None):
-    """Rows of each of an expert's tiles but the last, a multiple of ``step``."""
+def rows_per_tile(rows, tile_m: int, step: int):
+    """Rows of each of an expert's tiles but the last, a multiple of ``step``, what tiles' widths differ by."""
     if tile_m <= 32:
         return T.int32(tile_m)
-    step = step or (32 if tile_m == 256 else 8)  # between its widths (gemm_config.WIDTHS)
     tiles = (rows + tile_m - 1) // tile_m
     return ((rows + tiles - 1) // tiles + (step - 1)) // step * step
 
@@ -119,8 +126,8 @@ def write_num_tiles(a, num_tiles) -> None:
         clear_claims(a)
 
 
-def scatter(a, tile_m: int, step: int | None = None) -> None:
-    """Emit the placing kernel; ``step`` as for :func:`rows_per_tile`."""
+def _scatter(a, tile_m: int, step: int) -> None:
+    """Emit the placing kernel."""
     with kernel("scatter", num_chunks(a), PAIRS_PER_CTA) as thread:
         smem = Smem()
         warp_counts = smem.alloc(WARPS * MAX_EXPERTS, "uint16", 128)

@@ -5,21 +5,21 @@
                more CTA writes ids and weights, which only finalize reads
     arrange    permute and gather as one kernel, after route. Each CTA reads the choices of all tokens
 
-    grid       num_tokens * ceil(H / 4096) CTAs of 16 warps; a thread gathers 8 columns of the CTA's token. In prologue four
-               times as many, in arrange two where tiles may be thin; a thread then writes a part of the token's rows
+    grid       num_tokens * ceil(H / 4096) CTAs of 16 warps; a thread gathers 8 columns of the CTA's token. In prologue a CTA
+               has 1024 columns, in arrange 2048 where tiles may be thin; a thread then writes a part of the token's rows
     place      a warp a slot: rank = pairs of the expert before this one, first tile = tiles of lower experts, both
                summed over 32 lanes
 
-Rows come out as permute.scatter makes them.
+Rows come out as permute.py makes them.
 """
 
 from tvm.script import tirx as T
 
-from tvmmoe.config import ActivationFormat
+from tvmmoe.config import MAX_EXPERTS, MAX_TOP_K, ActivationFormat
 from tvmmoe.kernels.sm90a.gather import Chunk, segments_of
 from tvmmoe.kernels.sm90a.layout import MAX_ARRANGED_PAIRS, THIN_ROWS
 from tvmmoe.kernels.sm90a.permute import rows_per_tile, write_num_tiles
-from tvmmoe.kernels.sm90a.route import ENTRIES, MAX_EXPERTS, MAX_TOP_K, Router
+from tvmmoe.kernels.sm90a.route import ENTRIES, Router
 from tvmmoe.kernels.sm90a.thin_rows import Window, mark
 from tvmmoe.kernels.sm90a.trace import (
     PAST_L1,
@@ -60,13 +60,13 @@ def is_medium(a):
     return a.num_tokens * a.top_k <= MAX_ARRANGED_PAIRS
 
 
-def prologue(a, form: ActivationFormat, tile_m: int) -> None:
+def prologue(a, form: ActivationFormat, tile_m: int, step: int) -> None:
     """Emit the kernel for one activation format."""
     segments = segments_of(a, COLUMNS // PARTS)
     with kernel(f"prologue_{form.name}", cast(a.num_tokens * segments + 1, "int32"), THREADS) as thread:
         smem = Smem()
         router = Router(a, smem, MAX_TOKENS, THREADS)
-        placement = Placement(a, smem, thread, tile_m, MAX_TOKENS * MAX_TOP_K)
+        placement = Placement(a, smem, thread, tile_m, step, MAX_TOKENS * MAX_TOP_K)
         window = Window(smem, thread) if a.has_thin_tiles else None
         smem.commit()
         num_tokens = let(cast(a.num_tokens, "int32"))
@@ -97,13 +97,13 @@ def prologue(a, form: ActivationFormat, tile_m: int) -> None:
             rows.write(placement)
 
 
-def arrange(a, form: ActivationFormat, tile_m: int) -> None:
+def arrange(a, form: ActivationFormat, tile_m: int, step: int) -> None:
     """Emit the kernel for one activation format."""
     num_parts = 2 if a.has_thin_tiles else 1  # whose rows are stored twice (one of 32 experts, T=16 -1 %)
     segments = segments_of(a, COLUMNS // num_parts)
     with kernel(f"arrange_{form.name}", cast(a.num_tokens * segments, "int32"), THREADS) as thread:
         smem = Smem()
-        placement = Placement(a, smem, thread, tile_m, MAX_ARRANGED_PAIRS)
+        placement = Placement(a, smem, thread, tile_m, step, MAX_ARRANGED_PAIRS)
         window = Window(smem, thread) if a.has_thin_tiles else None
         smem.commit()
         token, segment = let(thread.cta // cast(segments, "int32")), let(thread.cta % cast(segments, "int32"))
@@ -180,8 +180,9 @@ class Rows:
 class Placement:
     """Rows of one token's pairs, from the experts of all pairs."""
 
-    def __init__(self, a, smem: Smem, thread, tile_m: int, max_pairs: int):
-        self.a, self.thread, self.tile_m = a, thread, tile_m
+    def __init__(self, a, smem: Smem, thread, tile_m: int, step: int, max_pairs: int):
+        """``step`` as for :func:`rows_per_tile`."""
+        self.a, self.thread, self.tile_m, self.step = a, thread, tile_m, step
         self._experts = smem.alloc(max_pairs, "int32", 128)  # local; -1: another rank's
         self._counts = smem.alloc(MAX_EXPERTS, "int32", 128)  # pairs of every local expert
         self._rows = smem.alloc(MAX_TOP_K, "int32", 128)
@@ -218,8 +219,8 @@ class Placement:
                 pair = let(token * self.top_k + slot)
                 mine = let(self._experts[pair])
                 rank, first_tile = self._rank(pair, mine), self._tiles_below(mine)
-                rows = let(self._counts[T.max(mine, 0)])
-                share = let(rows_per_tile(rows, self.tile_m))
+                rows = let(T.max(self._counts[T.max(mine, 0)], 1))  # another rank's pair divides by its share, too
+                share = let(rows_per_tile(rows, self.tile_m, self.step))
                 tile = let(first_tile + rank // share)
                 row = let(T.Select(mine >= 0, tile * self.tile_m + rank % share, T.int32(-1)))
                 live = let(T.min(rows - rank // share * share, share))  # of the tile

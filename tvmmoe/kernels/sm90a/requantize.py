@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """requantize: round z to the values of the activation format, in place, in bf16 (operator-semantics 5).
 
-e2m1 * e4m3 and e4m3 * 2^k are bf16 numbers, so gemm2 multiplies exactly what the format would hold and stays one
-kernel.
+e2m1 * e4m3 and e4m3 * 2^k are bf16 numbers (from k = -124 on), so gemm2 multiplies exactly what the format would hold and
+stays one kernel.
 
     grid     a quad of lanes a 128-block of a permuted row; nvfp4 with per-token scales: a warp a row, which first takes
              the row's amax. Rows of padding return
@@ -15,6 +15,10 @@ No fp8 conversions: sm80 runs the same kernel. Memory is the limit (400 MB for 6
 costs less than some 30 instructions, which a division for each would not leave. nvfp4 with per-token scales does divide: its
 divisor, a block's scale times the row's, has 24 bits, and only quotients by few bits are sure to tie where the division does.
 """
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -42,6 +46,7 @@ from tvmmoe.kernels.sm90a.trace import (
     store_vec4,
     u32,
     warp_max_s32,
+    while_,
 )  # fmt: skip
 
 THREADS = 128
@@ -168,12 +173,32 @@ def is_live(row, tile_m: int, rows):
     return let(cast(row % tile_m < rows, "int32")) != 0
 
 
-def live_rows(a, row, tile_m: int):
+def live_rows(a, row, tile_m: int, num_tiles):
     """Pairs in a row's tile; asked after the wait, for before it the list had to be read past L1, by every warp."""
-    tile, rows = let(cast(row // tile_m, "int64")), scalar("int32", T.int32(0))
-    with if_(tile < cast(load("int32", address(a.ws["num_tiles"])), "int64")):
-        assign(rows, load("int32", address(a.ws["tile_rows"], tile * 4)))
+    tile, rows = let(row // tile_m), scalar("int32", T.int32(0))
+    with if_(tile < num_tiles):
+        assign(rows, load("int32", address(a.ws["tile_rows"], cast(tile, "int64") * 4)))
     return rows
+
+
+@contextlib.contextmanager
+def kernel_over_rows(a, name: str, tile_m: int, per_row: Any, threads_each: int) -> Iterator[tuple]:
+    """A kernel of ``per_row`` items (int or host expression) a row of z, each of so many threads. For each item of a thread
+    it yields thread, row, number of the item in the row and pairs in its tile. CTAs are as many as a rank's usual share of
+    rows has work for, and go on where there is more."""
+    per_cta = THREADS // threads_each
+    num_ctas = cast((a.usual_tiles * tile_m * per_row + (per_cta - 1)) // per_cta, "int32")
+    with kernel(name, num_ctas, THREADS) as thread:
+        items_per_row = T.int32(per_row) if isinstance(per_row, int) else let(cast(per_row, "int32"))
+        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
+        ptx.griddepcontrol.wait()
+        num_tiles = load("int32", address(a.ws["num_tiles"]))
+        first, num_items = let(thread.cta * per_cta), let(num_tiles * tile_m * items_per_row)
+        with while_(first < num_items):
+            item = let(first + thread.tid // threads_each)
+            row = let(item // items_per_row)
+            yield thread, row, let(item % items_per_row), live_rows(a, row, tile_m, num_tiles)
+            assign(first, first + num_ctas * per_cta)
 
 
 def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
@@ -187,16 +212,10 @@ def requantize(a, form: ActivationFormat, per_token: bool, tile_m: int) -> None:
 
 def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
     blocks = padded(a.intermediate_size) // 128
-    num_ctas = cast((a.max_tiles * tile_m * blocks + (THREADS // 4 - 1)) // (THREADS // 4), "int32")
-    with kernel(f"requantize_{form.name}", num_ctas, THREADS) as thread:
-        item, row_blocks = let(thread.cta * (THREADS // 4) + thread.tid // 4), let(cast(blocks, "int32"))
-        row = let(item // row_blocks)
-        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
-        ptx.griddepcontrol.wait()
-        rows = live_rows(a, row, tile_m)
+    with kernel_over_rows(a, f"requantize_{form.name}", tile_m, blocks, 4) as (thread, row, index, rows):
         is_inside = is_live(row, tile_m, rows)
         with if_(T.cuda.any_sync(u32(0xFFFFFFFF), is_inside) != 0):
-            block = Block(a, row, item % row_blocks, thread.lane, is_inside)
+            block = Block(a, row, index, thread.lane, is_inside)
             values = block.load()
             if form == ActivationFormat.mxfp8:
                 round_mxfp8(values, range(32), _amax(values, 0, 32))
@@ -207,14 +226,9 @@ def _requantize_blocks(a, form: ActivationFormat, tile_m: int) -> None:
 
 def _requantize_rows(a, tile_m: int) -> None:
     """nvfp4 with per-token scales."""
-    width, warps = padded(a.intermediate_size), THREADS // 32
-    num_ctas = cast((a.max_tiles * tile_m + (warps - 1)) // warps, "int32")
-    with kernel("requantize_nvfp4_per_token", num_ctas, THREADS) as thread:
-        row = let(thread.cta * warps + thread.warp)
-        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
-        ptx.griddepcontrol.wait()
-        is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
-        with if_(is_inside):
+    width = padded(a.intermediate_size)
+    with kernel_over_rows(a, "requantize_nvfp4_per_token", tile_m, 1, 32) as (thread, row, _, rows):
+        with if_(is_live(row, tile_m, rows)):
             rounds = let(cast((width + WARP_COLUMNS - 1) // WARP_COLUMNS, "int32"))
             amax = scalar("int32", T.int32(0))
             with for_(rounds) as i:

@@ -18,7 +18,7 @@ from tvmmoe.kernels.sm90a import intrinsics_fp8 as fp8
 from tvmmoe.kernels.sm90a.gather import exchange_quad
 from tvmmoe.kernels.sm90a.gather_fp8 import INSIDE, OUTSIDE, row_factor, write_byte, write_quarters
 from tvmmoe.kernels.sm90a.layout import padded
-from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, is_live, live_rows, warp_block
+from tvmmoe.kernels.sm90a.requantize import WARP_COLUMNS, amax_bits, is_live, kernel_over_rows, warp_block
 from tvmmoe.kernels.sm90a.trace import (
     address,
     assign,
@@ -26,7 +26,6 @@ from tvmmoe.kernels.sm90a.trace import (
     cast,
     for_,
     if_,
-    kernel,
     let,
     ptx,
     regs,
@@ -38,7 +37,6 @@ from tvmmoe.kernels.sm90a.trace import (
     warp_min_s32,
 )  # fmt: skip
 
-WARPS = 4
 INFINITY_BITS = 0x7F800000
 
 
@@ -79,13 +77,8 @@ def _state(base, largest, smallest):
 def requantize_fp8(a, tile_m: int) -> None:
     """Emit the kernel."""
     width = padded(a.intermediate_size)
-    num_ctas = cast((a.max_tiles * tile_m + WARPS - 1) // WARPS, "int32")
-    with kernel("requantize_fp8", num_ctas, 32 * WARPS) as thread:
-        row = let(thread.cta * WARPS + thread.warp)
-        ptx.griddepcontrol.launch_dependents()  # gemm2 loads weights before it waits
-        ptx.griddepcontrol.wait()
-        is_inside = is_live(row, tile_m, live_rows(a, row, tile_m))
-        with if_(is_inside):
+    with kernel_over_rows(a, "requantize_fp8", tile_m, 1, 32) as (thread, row, _, rows):
+        with if_(is_live(row, tile_m, rows)):
             _requantize_row(a, thread.lane, let(cast(row, "int64")), width)
 
 

@@ -12,6 +12,7 @@ Keys, sums and roundings are those of the CPU definition (kernels/route.py), so 
 
 from tvm.script import tirx as T
 
+from tvmmoe.config import MAX_EXPERTS, MAX_TOP_K
 from tvmmoe.config import RoutingMethodType as Method
 from tvmmoe.kernels import numerics
 from tvmmoe.kernels.sm90a.trace import (
@@ -41,8 +42,6 @@ from tvmmoe.kernels.sm90a.trace import (
 WARPS = 8
 THREADS = 32 * WARPS
 ENTRIES = 2048  # (token, expert) pairs that a CTA holds
-MAX_EXPERTS = 1024
-MAX_TOP_K = 32
 ONE_WAVE = 264  # CTAs of this size that the card holds at once
 BATCH = 4  # loads of a thread that are under way at once
 PER_LANE = (4, 8, MAX_EXPERTS // 32)  # experts of a lane that select is compiled for

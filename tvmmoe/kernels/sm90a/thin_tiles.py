@@ -54,8 +54,9 @@ class ThinScheduler(TileScheduler):
             self._look_at_rows()
 
     def _look_at_rows(self) -> None:
-        outside = self.a.ws["x_outside" if self.number == 0 else "z_outside"] + cast(self.tile.token_tile, "int64") * 8
-        marks = load("uint64", address(outside), PAST_L1)  # of both rows
+        outside = self.a.ws["x_outside" if self.number == 0 else "z_outside"]
+        place = address(outside, cast(self.tile.token_tile, "int64") * (4 * THIN_ROWS))
+        marks = load("uint64", place, PAST_L1)  # of both rows
         rows = self.tile.num_rows
         has_outside = T.Select(rows == THIN_ROWS, marks, marks & T.uint64(0xFFFFFFFF)) != T.uint64(0)
         is_thin = T.And(rows <= THIN_ROWS, T.Not(has_outside))
@@ -141,9 +142,9 @@ class ThinTiles(ByScaleBlock, GroupedGemm):
         super()._allot_operands()
         self._place_columns()
 
-    def _multiply(self, tile: Tile, widths) -> None:
+    def _multiply(self, tile: Tile) -> None:
         multiply_rows = super()._multiply
-        if_else(self.scheduler.is_thin != 0, self._multiply_columns, lambda: multiply_rows(tile, widths))
+        if_else(self.scheduler.is_thin != 0, self._multiply_columns, lambda: multiply_rows(tile))
 
     def _multiply_columns(self) -> None:
         """The main loop of a thin tile; its sums then are where those of its rows are otherwise, and in the lanes beside."""

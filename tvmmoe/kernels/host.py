@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hopper artifact's generated host code does less often, or in a shorter way, than TVM writes it."""
+"""What a CUDA artifact's generated host code does less often, or in a shorter way, than TVM writes it."""
 
 import re
 
@@ -16,7 +16,7 @@ static Function tvmmoe_driver_function(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<Function>(symbol) : nullptr;
 }
 """
-_ALLOW_SHARED_MEMORY = r"""
+ALLOW_SHARED_MEMORY = r"""
 #include <atomic>
 // Most bytes that a kernel may ask for, told to the runtime once a device; `devices` has a bit for each.
 template <typename... Params>
@@ -49,7 +49,7 @@ def once_per_call(source: str) -> str:
     )
     source = _STREAM.sub("tvmmoe_stream", _DEVICE.sub("", source))
     assert "cudaGetDevice(&cuda_device" not in source
-    return _ALLOW_SHARED_MEMORY + _GUARD.sub(
+    return ALLOW_SHARED_MEMORY + _GUARD.sub(
         r"const int tvmmoe_device = static_cast<int>(\1);\n"
         r"  tvm::ffi::CUDADeviceGuard cuda_device_guard(tvmmoe_device);\n"
         r"  const cudaStream_t tvmmoe_stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, tvmmoe_device));",
