@@ -135,7 +135,7 @@ def test_recorded_choice_is_one_of_both_stages(us_of_gemm2, num_stages, monkeypa
     assert chosen[128]["quantized"].num_stages == num_stages
     assert chosen[128]["bf16"] == build.variant(WeightFormat.nvfp4, 128).bf16
     assert sm100a.chosen("mxfp4", tmp_path)[128]["quantized"] == build.variant(WeightFormat.mxfp4, 128).quantized
-    monkeypatch.setattr(sm100a, "chosen", lambda weight_format: chosen)
+    monkeypatch.setattr(sm100a, "chosen", lambda weight_format, root=None: chosen)
     shipped = {v.tile_m: v for v in shipped_variants(CUDA_TARGETS["sm100a"], WeightFormat.nvfp4)}
     assert shipped[128].quantized.num_stages == num_stages and list(shipped) == list(sm100a.TILES)
 

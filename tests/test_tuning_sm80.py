@@ -162,7 +162,8 @@ def test_recorded_choice_becomes_the_variant(monkeypatch, tmp_path):
         run = Run(Task(sm80.TARGET, "gemm2", "nvfp4", SHAPE, num_tokens), sm80, database, tmp_path, None)
         for config, us in ((default, 100.0), (better, 90.0)):
             run.record(config, us)
-    monkeypatch.setattr(sm80, "chosen", functools.partial(sm80.chosen, root=tmp_path))
+    chosen = sm80.chosen
+    monkeypatch.setattr(sm80, "chosen", lambda weight_format, root=None: chosen(weight_format, tmp_path))
     for weight_format, num_stages in ((WeightFormat.nvfp4, 2), (WeightFormat.mxfp4, default["num_stages"])):
         shipped = {v.tile_m: v for v in shipped_variants(CUDA_TARGETS["sm80"], weight_format)}
         assert shipped[64].gemm2.num_stages == num_stages and shipped[64].gemm1.num_stages == default["num_stages"]
