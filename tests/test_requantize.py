@@ -58,23 +58,29 @@ def in_column_order(rows: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(1, (-1, layout.K_BLOCK))[..., positions].flatten(1)
 
 
-def run(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, row_scale) of bfloat16 rows [tiles * 8, I]; only live rows may change."""
-    slices, num_bytes = layout.slices(*SIZES.values(), TILE_M)
+def with_tiles(slices, num_bytes: int) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+    """A poisoned workspace whose list of tiles is ROWS, and ``piece(name, dtype)`` of it."""
     workspace = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
 
     def piece(name, dtype):
         offset, count = slices[name]
         return workspace[offset : offset + count].view(dtype)
 
+    piece("num_tiles", torch.int32).fill_(len(ROWS))
+    piece("tile_rows", torch.int32)[: len(ROWS)] = ROWS
+    return workspace, piece
+
+
+def run(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, row_scale) of bfloat16 rows [tiles * 8, I]; only live rows may change."""
+    slices, num_bytes = layout.slices(*SIZES.values(), TILE_M)
+    workspace, piece = with_tiles(slices, num_bytes)
     width = layout.padded(z.shape[1])
     order = torch.tensor([layout.k_of_position(i) for i in range(128)])
     operand = piece("z", torch.bfloat16).view(-1, width)
     columns = torch.zeros(len(z), width, dtype=torch.bfloat16)
     columns[:, : z.shape[1]] = z
     operand[: len(z)] = columns.unflatten(1, (-1, 128))[..., order].flatten(1)
-    piece("num_tiles", torch.int32).fill_(len(ROWS))
-    piece("tile_rows", torch.int32)[: len(ROWS)] = ROWS
     before = operand.clone()
     ints = [(SIZES | ALL_LOCAL).get(name, 0) for name in abi.INTS]
     simulated(mode, folder)(workspace, *[0] * len(abi.POINTERS), *ints, 1.0)
@@ -135,16 +141,9 @@ def run_on_blackwell(mode: str, z: torch.Tensor, folder) -> tuple[torch.Tensor, 
     form, is_per_token = MODES[mode]
     weight_format = WeightFormat.mxfp4 if form is MXFP8 else WeightFormat.nvfp4
     slices, num_bytes = blackwell.slices(*SIZES.values(), TILE_M, weight_format)
-    workspace = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
-
-    def piece(name, dtype):
-        offset, count = slices[name]
-        return workspace[offset : offset + count].view(dtype)
-
+    workspace, piece = with_tiles(slices, num_bytes)
     width, block = z.shape[1], weight_format.block_size
     piece("z", torch.bfloat16)[: z.numel()] = z.flatten()
-    piece("num_tiles", torch.int32).fill_(len(ROWS))
-    piece("tile_rows", torch.int32)[: len(ROWS)] = ROWS
     pointers = dict.fromkeys(abi.POINTERS, 0) | {"per_token_scale": workspace.data_ptr() if is_per_token else 0}
     ints = [(SIZES | ALL_LOCAL).get(name, 0) for name in abi.INTS]
     simulated_on_blackwell(weight_format, folder)(workspace, *pointers.values(), *ints, 1.0)

@@ -363,32 +363,10 @@ class TestScales:
 HARD_ROWS = {"pair": [1, 3, 4, 10], "prologue": [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16], "route": list(range(30))}
 
 
-def check_hard_routes(logits: torch.Tensor, bias: torch.Tensor | None, options: dict, device: str, function=None) -> None:
-    """Ids and weights of 8 columns' kernels are those of the reference, bit for bit, any NaN like any other."""
-    from test_cpu_stages import same
-
-    sizes = dict(num_tokens=len(logits), num_experts=logits.shape[1], top_k=options["top_k"], local_num_experts=1)
-    case = Case(**vars(BASE) | sizes | dict(hidden_size=32, intermediate_size=32))
-    kwargs = make_case(case) | dict(n_group=None, topk_group=None, routed_scaling_factor=None, norm_topk_prob=True)
-    kwargs |= dict(routing_logits=logits, routing_bias=bias) | options
-    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
-    _, weights, _, ids = call(case, given, 8, do_finalize=False, function=function)
-    expected_ids, expected_weights = route_ref(logits, bias, **options)
-    assert torch.equal(ids.cpu().int(), expected_ids) and same(weights.cpu(), expected_weights)
-
-
 def hard_routes() -> list:
     """Parameters: names of a route of the CPU's stages and of the rows it routes."""
     stages = pytest.importorskip("test_cpu_stages")
     return [(route, rows) for route in stages.ROUTES if stages.ROUTES[route]["top_k"] <= 32 for rows in HARD_ROWS]
-
-
-def hard_inputs(route: str, rows: str, logits_dtype: torch.dtype, bias_dtype: torch.dtype | None):
-    from test_cpu_stages import NUM_EXPERTS, hard_logits
-
-    logits = hard_logits(NUM_EXPERTS.get(route, 48))[HARD_ROWS[rows]].to(logits_dtype)
-    bias = 0.1 * torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(1))
-    return logits, None if bias_dtype is None else bias.to(bias_dtype)
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")
@@ -396,10 +374,19 @@ def hard_inputs(route: str, rows: str, logits_dtype: torch.dtype, bias_dtype: to
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("route, rows", hard_routes() if HAS_TVM else [])
 def test_simulated_hard_logits(route, rows, logits_dtype, bias_dtype, folder):
-    from test_cpu_stages import ROUTES as ALL_ROUTES
+    """Ids and weights of 8 columns' kernels are those of the reference, bit for bit, any NaN like any other."""
+    import test_cpu_stages as stages
 
-    logits, bias = hard_inputs(route, rows, logits_dtype, bias_dtype)
-    check_hard_routes(logits, bias, ALL_ROUTES[route], "cpu", simulated(MX, 8, False, folder))
+    logits, options = stages.hard_logits(stages.NUM_EXPERTS.get(route, 48))[HARD_ROWS[rows]], stages.ROUTES[route]
+    bias = 0.1 * torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(1))
+    logits, bias = logits.to(logits_dtype), None if bias_dtype is None else bias.to(bias_dtype)
+    sizes = dict(num_tokens=len(logits), num_experts=logits.shape[1], top_k=options["top_k"], local_num_experts=1)
+    case = Case(**vars(BASE) | sizes | dict(hidden_size=32, intermediate_size=32))
+    kwargs = make_case(case) | dict(n_group=None, topk_group=None, routed_scaling_factor=None, norm_topk_prob=True)
+    kwargs |= dict(routing_logits=logits, routing_bias=bias) | options
+    _, weights, _, ids = call(case, kwargs, 8, do_finalize=False, function=simulated(MX, 8, False, folder))
+    expected_ids, expected_weights = route_ref(logits, bias, **options)
+    assert torch.equal(ids.int(), expected_ids) and stages.same(weights, expected_weights)
 
 
 @pytest.mark.skipif(not HAS_TVM, reason="needs tvm to build kernels")

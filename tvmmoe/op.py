@@ -127,8 +127,8 @@ def trtllm_fp4_block_scale_moe(
 
     Notes
     -----
-    Differentiable in nothing: results have no gradients, whatever requires them. torch.compile, CUDA graphs, fake and meta
-    tensors are fine.
+    Not differentiable: results have no gradients, whatever requires them. torch.compile, torch.jit.trace, make_fx, CUDA
+    graphs and fake tensors are fine.
     Source of the maths: FlashInfer's operator of this name; element formats from OCP MX v1.0 and the PTX ISA.
     On sm90a ``TVMMOE_FP8=1``, read at a problem's first call, allows sums of about 13 bits for mxfp8 x mxfp4 from 48 rows an
     expert on (1e-3 to 4.6e-3 off the reference; Qwen3-235B T=1024 651 us for 714, H200). The default decodes exactly to bf16.

@@ -24,12 +24,6 @@ from tvmmoe.config import Problem
 from tvmmoe.errors import UnsupportedError
 from tvmmoe.loader import Entry, Manifest
 
-
-def cpu_name() -> str:
-    """This machine's processor, as Linux calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
 CPU_TARGETS = ("x86-64-v3", "x86-64")  # best first
 # Compute capability -> the target with machine code for it. sm80 carries PTX, which drivers compile for any later GPU.
 CUDA_TARGETS = {
@@ -43,6 +37,12 @@ PORTABLE = "sm80"
 VERIFIED = ("measured", "emulated", "compiled")
 ALLOW_UNVERIFIED = "TVMMOE_ALLOW_UNVERIFIED"
 FP8 = "TVMMOE_FP8"
+
+
+def cpu_name() -> str:
+    """This machine's processor, as Linux calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 @functools.cache

@@ -200,10 +200,6 @@ def _fake(*args: Any) -> tuple[torch.Tensor, ...]:
     return _three(problem, new_results(problem, tile_m, arguments["output"] is not None))
 
 
-_MEMBERS = {"routing_method_type": refusals.routing_method, "activation_type": refusals.activation_type}
-_BOOLS = frozenset(("do_finalize", "enable_pdl", "norm_topk_prob"))
-
-
 def _three(problem: Problem, results: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """``results`` filled up to three with empty tensors."""
     return (*results, *(torch.empty(0, device=problem.device) for _ in range(3 - len(results))))
@@ -228,12 +224,19 @@ def is_traced() -> bool:
     )
 
 
+_ENUMS = {
+    "routing_method_type": (RoutingMethodType, refusals.routing_method),
+    "activation_type": (ActivationType, refusals.activation_type),
+}
+_BOOLS = frozenset(("do_finalize", "enable_pdl", "norm_topk_prob"))
+
+
 def traced(**arguments: Any) -> list[torch.Tensor]:
     """What is traced: the registered op, with ``output`` handed back as the eager call does, and without gradients."""
-    for name, member in (("routing_method_type", RoutingMethodType), ("activation_type", ActivationType)):
+    for name, (kind, member_of) in _ENUMS.items():
         value = arguments[name]
-        if type(value) is not int and type(value) is not member:  # an int of another enum may have another meaning
-            value = _MEMBERS[name](value)
+        if type(value) is not int and type(value) is not kind:  # an int of another enum may have another meaning
+            value = member_of(value)
         arguments[name] = int(value)
     for name, value in arguments.items():
         if type(value) is bool and name not in _BOOLS:  # which the op's schema takes for an int
